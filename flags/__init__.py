@@ -1,0 +1,1 @@
+"""Presets: absl flag files, found by `--preset=NAME`."""

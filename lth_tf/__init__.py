@@ -1,0 +1,1 @@
+"""Find, verify and ship sparse trainable networks ("tickets") with TensorFlow and Keras."""

@@ -1,0 +1,116 @@
+"""At which densities tickets win, in the sense of Frankle and Carbin (2019), section 1."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+MARGIN = 0.005  # half a percentage point
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """All replicates of one arm at one level; arrays have one entry per replicate."""
+
+    arm: str
+    level: int
+    density: float
+    replicates: tuple[int, ...]
+    early_stop_step: np.ndarray
+    test_accuracy_early: np.ndarray
+    test_accuracy_end: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Winning:
+    """The smallest densities found (None: there is none), and how many replicates agree.
+
+    Attributes:
+      early: (density, replicates that agree) where tickets are winning at early stop.
+      end: the same where they match dense at the end and re-initialised ones do not.
+      replicates: number of replicates.
+    """
+
+    early: tuple[float, int] | None
+    end: tuple[float, int] | None
+    replicates: int
+
+
+def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
+    """Groups summary rows by arm and level, dense first, then by falling density."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["level"]), []).append(row)
+    found = []
+    for (arm, level), group in groups.items():
+        group.sort(key=lambda row: row["replicate"])
+        found.append(
+            Point(
+                arm,
+                level,
+                float(np.mean([row["density"] for row in group])),
+                tuple(row["replicate"] for row in group),
+                *(
+                    np.array([row[column] for row in group], float)
+                    for column in ("early_stop_step", "test_accuracy_early", "test_accuracy_end")
+                ),
+            )
+        )
+    return sorted(found, key=lambda p: (p.level, p.arm != "ticket", p.arm))
+
+
+def wins_early(dense: Any, ticket: Any, reinit: Any) -> Any:
+    """At early stop: at least dense - 0.5 pp, at most dense's steps, reinit lower by > 0.5 pp.
+
+    Each argument is (early-stop step, accuracy at it, accuracy at the end), scalars or
+    arrays over replicates.
+    """
+    return (
+        (ticket[1] >= dense[1] - MARGIN)
+        & (ticket[0] <= dense[0])
+        & (reinit[1] < ticket[1] - MARGIN)
+    )
+
+
+def wins_end(dense: Any, ticket: Any, reinit: Any) -> Any:
+    """At the end: ticket at least dense - 0.5 pp, reinit below dense - 0.5 pp."""
+    return (ticket[2] >= dense[2] - MARGIN) & (reinit[2] < dense[2] - MARGIN)
+
+
+def winning(rows: Sequence[dict[str, Any]]) -> Winning:
+    """Returns the smallest densities at which the means over replicates win.
+
+    Only levels at which the `reinit` control ran, and only replicates that have all
+    three of dense, ticket and reinit, are compared.
+    """
+    by = {(p.arm, p.level): p for p in points(rows)}
+    dense = by.get(("ticket", 0))
+
+    def smallest(wins: Callable[..., Any]) -> tuple[float, int] | None:
+        best = None
+        for (arm, level), ticket in by.items():
+            control = by.get(("reinit", level))
+            if arm != "ticket" or level == 0 or control is None or dense is None:
+                continue
+            common = sorted(
+                set(dense.replicates) & set(ticket.replicates) & set(control.replicates)
+            )
+            arms = [_numbers(p, common) for p in (dense, ticket, control)]
+            if common and bool(wins(*(a.mean(axis=1) for a in arms))):
+                if best is None or ticket.density < best[0]:
+                    best = ticket.density, int(np.sum(wins(*arms)))
+        return best
+
+    count = len(dense.replicates) if dense else 0
+    return Winning(smallest(wins_early), smallest(wins_end), count)
+
+
+def _numbers(point: Point, replicates: Sequence[int]) -> np.ndarray:
+    """float[3, replicates]: early-stop step, accuracy at it, accuracy at the end."""
+    chosen = [point.replicates.index(r) for r in replicates]
+    return np.stack(
+        [point.early_stop_step, point.test_accuracy_early, point.test_accuracy_end]
+    )[:, chosen]

@@ -1,0 +1,88 @@
+"""Progress of an experiment on the terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from lth_tf.compat import keras
+
+
+class Progress(keras.callbacks.Callback):
+    """Shows what is being trained, how far the experiment is and how long it will take.
+
+    On a terminal it is a bar; elsewhere a line for each training that is finished.
+    After the first seconds of training an estimate of the whole is printed.
+
+    Args:
+      console: where to write.
+      steps: training steps of the whole experiment.
+    """
+
+    def __init__(self, console: rich.console.Console, steps: int):
+        super().__init__()
+        self.console, self.steps = console, steps
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("steps"),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps)
+        self._done = self._last = 0
+        self._first: tuple[float, int] | None = None
+        self._estimated = False
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def begin(self, what: str, first: int) -> None:
+        """A training begins, at step `first` of its schedule."""
+        self._last = first
+        self._bar.update(self._task, description=what)
+
+    def skip(self, steps: int) -> None:
+        """A training of so many steps need not be done again."""
+        self.steps -= steps
+        self._bar.update(self._task, total=self.steps)
+
+    def finish(self, what: str, row: dict[str, Any]) -> None:
+        """A training is finished; `row` is its summary."""
+        if not self.console.is_terminal:
+            self.console.print(
+                f"{what}: density {row['density']:.4f}, early stop at {row['early_stop_step']} "
+                f"with {row['test_accuracy_early']:.2%}, end {row['test_accuracy_end']:.2%} "
+                f"({row['seconds']:.1f} s, {self._done:,} of {self.steps:,} steps)",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Counts the block's steps."""
+        step = (logs or {})["step"]
+        self._done += step - self._last
+        self._last = step
+        self._bar.update(self._task, completed=self._done)
+        now = time.perf_counter()
+        if self._first is None:  # the first block, which includes compiling, does not count
+            self._first = now, self._done
+        elif not self._estimated and now - self._first[0] > 3:
+            self._estimated = True
+            rate = (self._done - self._first[1]) / (now - self._first[0])
+            hours = (self.steps - self._done) / rate / 3600
+            remaining = f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(hours * 60))} min"
+            self.console.print(
+                f"{rate:,.0f} steps/s, evaluations included: about {remaining} to go",
+                highlight=False,
+            )

@@ -1,0 +1,111 @@
+"""Rewinding: the only door by which weights enter a model before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lth_tf import pruning
+from lth_tf.compat import keras, tf
+from lth_tf.errors import UserError
+from lth_tf.masks import Mask
+
+
+class Rewind(keras.callbacks.Callback):
+    """Starts training from mask x saved weights, and saves weights to rewind to.
+
+    At the beginning of training the model gets the mask, mask x weights bit for bit,
+    the step counter and an optimizer state as if nothing had been trained (Frankle
+    and Carbin 2019, section 1, step 4; Frankle et al. 2020 for steps above 0).
+
+    Args:
+      weights: path -> array for every weight of the model, as `pruning.weights`
+        names them; None starts from the weights the model has.
+      mask: kernel name -> 0/1 array; None keeps the mask the model has.
+      step: the step at which training starts, read by learning-rate schedules.
+      capture: the step after which the weights are saved in `captured`; 0 saves what
+        training starts from.
+
+    Attributes:
+      captured: path -> array, or None before step `capture`.
+
+    Raises:
+      UserError: names or shapes do not fit the model; or `capture` is jumped over,
+        because it lies inside a block of `steps_per_execution` steps.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray] | None = None,
+        mask: Mask | None = None,
+        *,
+        step: int = 0,
+        capture: int | None = None,
+    ):
+        super().__init__()
+        if capture is not None and capture < step:
+            raise UserError(f"cannot capture step {capture}: training starts at step {step}")
+        self.weights, self.mask, self.step, self.capture = weights, mask, step, capture
+        self.captured: dict[str, np.ndarray] | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Puts weights, mask, step and clean slots in."""
+        optimizer = self.model.optimizer
+        if self.weights is not None:
+            pruning.assign(self.model, self.weights)
+        mask = pruning.get_mask(self.model) if self.mask is None else self.mask
+        pruning.set_mask(self.model, mask, optimizer)
+        _clean(optimizer, self.model)
+        optimizer.iterations.assign(self.step)
+        if self.capture == self.step:
+            self.captured = _values(self.model)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Saves the weights at step `capture`."""
+        if self.capture is None or self.captured is not None:
+            return
+        # Loss scaling skips updates, so lth_tf's own loop counts for itself.
+        step = (logs or {}).get("step", int(self.model.optimizer.iterations))
+        if step == self.capture:
+            self.captured = _values(self.model)
+        elif step > self.capture:
+            raise UserError(
+                f"step {self.capture}, whose weights were to be saved, was jumped over (now at "
+                f"{step}); choose a multiple of steps_per_execution"
+            )
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Raises UserError if training ended before step `capture`."""
+        if self.capture is not None and self.captured is None and not self.model.stop_training:
+            raise UserError(
+                f"training ended before step {self.capture}, whose weights were to be saved"
+            )
+
+
+def _values(model: Any) -> dict[str, np.ndarray]:
+    return {name: variable.numpy().copy() for name, variable in pruning.weights(model).items()}
+
+
+def _clean(optimizer: Any, model: Any) -> None:
+    """Sets the optimizer's state to that of a new one of the same configuration.
+
+    Zeros would be wrong for some: averages start at the weights, Adagrad at 0.1.
+    """
+    if not pruning.inner_optimizer(optimizer).variables:
+        return
+    config = optimizer.get_config()
+    strategy = getattr(pruning.inner_optimizer(optimizer), "_distribution_strategy", None)
+    with (strategy or tf.distribute.get_strategy()).scope():
+        fresh = type(optimizer).from_config(config)
+        fresh.build(model.trainable_variables)
+    for old, new in zip(_state(optimizer), _state(fresh), strict=True):
+        old.assign(new.read_value())
+
+
+def _state(optimizer: Any) -> list[Any]:
+    # Of a LossScaleOptimizer `variables` are the inner one's; its own are not public.
+    scale = getattr(optimizer, "_loss_scale", None)
+    dynamic = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []
+    return [*pruning.inner_optimizer(optimizer).variables, *dynamic]

@@ -1,0 +1,56 @@
+"""TensorBoard logs of a training."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from lth_tf import masks, pruning
+from lth_tf.compat import keras, tf
+
+
+class Summaries(keras.callbacks.Callback):
+    """Writes a training's logs for TensorBoard.
+
+    At every evaluation all numbers in the logs (losses, accuracies, learning rate);
+    at the beginning the density in total and of every kernel; on request a histogram
+    of the kept weights of every kernel at every evaluation.
+
+    Args:
+      log_dir: folder for the event file.
+      histograms: whether to write histograms.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike, *, histograms: bool = False):
+        super().__init__()
+        self.log_dir, self.histograms = os.fspath(log_dir), histograms
+        self._writer: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Opens the file and writes densities."""
+        self._writer = tf.summary.create_file_writer(self.log_dir)
+        mask = pruning.get_mask(self.model)
+        step = int(self.model.optimizer.iterations)
+        with self._writer.as_default(step):
+            tf.summary.scalar("density/total", masks.density(mask))
+            for name, m in mask.items():
+                tf.summary.scalar(f"density/{name}", float(np.mean(m)))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Writes the logs."""
+        logs = logs or {}
+        step = logs.get("step", int(self.model.optimizer.iterations))
+        with self._writer.as_default(step):
+            for name, value in logs.items():
+                if name != "step" and value is not None:
+                    tf.summary.scalar(name, value)
+            if self.histograms:
+                mask = pruning.get_mask(self.model)
+                for name, kernel in pruning.kernels(self.model).items():
+                    tf.summary.histogram(f"kept/{name}", kernel.numpy()[mask[name] != 0])
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Closes the file."""
+        self._writer.close()

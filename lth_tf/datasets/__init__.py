@@ -1,0 +1,98 @@
+"""Data sets, in memory as numpy arrays: `digits` ships here, the others come through tfds.
+
+Nothing here imports TensorFlow until a data set has to be read for the first time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from collections.abc import Callable
+
+import numpy as np
+
+from lth_tf.datasets import tfds
+from lth_tf.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled image data set, in the order of its source.
+
+    Attributes:
+      name: its key in DATASETS.
+      train_images, test_images: uint8 [n, height, width, channels].
+      train_labels, test_labels: int32 [n], 0 to classes - 1.
+      classes: how many there are.
+      mean, std: per channel, of the training images as pixels from 0 to 1.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+DATASETS: Registry[Callable[[str | None], Dataset]] = Registry("data set")
+
+
+def load(name: str, data_dir: str | None = None) -> Dataset:
+    """Returns the data set of that name.
+
+    Args:
+      name: a key of DATASETS.
+      data_dir: the folder of tensorflow-datasets; by default $TFDS_DATA_DIR, else
+        ~/tensorflow_datasets.
+
+    Raises:
+      UserError: no such data set, or it is not in the folder and cannot be downloaded.
+
+    >>> load("digits").train_images.shape
+    (1437, 8, 8, 1)
+    """
+    return DATASETS[name](data_dir)
+
+
+@DATASETS.register("digits")
+def digits(data_dir: str | None = None) -> Dataset:
+    """1,437 + 360 handwritten digits of 8x8 pixels, out of the package; `data_dir` is not used.
+
+    Source: Alpaydin and Kaynak (1998), UCI; licence, scaling and split are in digits.md.
+    """
+    file = importlib.resources.files("lth_tf.datasets").joinpath("digits.npz")
+    with file.open("rb") as stream, np.load(stream) as stored:
+        arrays = {name: stored[name] for name in tfds.ARRAYS}
+    for name in ("train_labels", "test_labels"):
+        arrays[name] = arrays[name].astype(np.int32)
+    return Dataset("digits", **arrays, classes=10, mean=(0.3057,), std=(0.3766,))
+
+
+@DATASETS.register("mnist")
+def mnist(data_dir: str | None = None) -> Dataset:
+    """60,000 + 10,000 handwritten digits of 28x28 pixels (LeCun, Cortes and Burges, 1998)."""
+    arrays = tfds.arrays("mnist", data_dir)
+    return Dataset("mnist", **arrays, classes=10, mean=(0.1307,), std=(0.3081,))
+
+
+@DATASETS.register("fashion_mnist")
+def fashion_mnist(data_dir: str | None = None) -> Dataset:
+    """60,000 + 10,000 clothes of 28x28 pixels (Xiao, Rasul and Vollgraf, 2017)."""
+    arrays = tfds.arrays("fashion_mnist", data_dir)
+    return Dataset("fashion_mnist", **arrays, classes=10, mean=(0.2860,), std=(0.3530,))
+
+
+@DATASETS.register("cifar10")
+def cifar10(data_dir: str | None = None) -> Dataset:
+    """50,000 + 10,000 photographs of 32x32 pixels in colour (Krizhevsky, 2009)."""
+    arrays = tfds.arrays("cifar10", data_dir)
+    return Dataset(
+        "cifar10",
+        **arrays,
+        classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    )

@@ -1,0 +1,139 @@
+"""Image data sets out of a tensorflow-datasets folder, decoded once and then cached.
+
+tensorflow_datasets is imported only to decode or to download: a cached read finds the
+prepared version by listing the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+from lth_tf.datasets import cache
+from lth_tf.errors import UserError
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the splits `train` and `test` of a data set with features image and label.
+
+    The order is that of the records in the files. Reading for the first time
+    initialises TensorFlow's devices: configure logical ones before.
+
+    Args:
+      name: as tensorflow-datasets calls it.
+      data_dir: see `resolve`.
+
+    Returns:
+      ARRAYS -> array: images uint8 [n, height, width, channels], labels int32 [n].
+
+    Raises:
+      UserError: not in the folder and not to be downloaded, or not readable.
+    """
+    folder = resolve(data_dir)
+    version = prepared(folder / name)
+    if version is None:
+        download(name, folder)
+        version = prepared(folder / name)
+        if version is None:
+            raise RuntimeError(f"tensorflow-datasets prepared {name!r}, but not in {folder}")
+    source = folder / name / version
+    # The path alone would go stale when other data are put there; the info file has their sizes.
+    key = hashlib.sha256(os.fsencode(source.resolve()) + (source / INFO).read_bytes()).hexdigest()
+    path = cache.folder() / f"{name}-{version}-{key[:16]}.npz"
+    found = cache.read(path, ARRAYS)
+    if found is None:
+        found = decode(source)
+        cache.write(path, found)
+    return found
+
+
+INFO = "dataset_info.json"  # Written last, so its folder is finished.
+
+
+def resolve(data_dir: str | None) -> pathlib.Path:
+    """Returns `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in given:
+        raise UserError(f"data_dir {given!r} is not a local folder; copy the data to one")
+    return pathlib.Path(given).expanduser()
+
+
+def prepared(folder: pathlib.Path) -> str | None:
+    """Returns the newest version ('3.0.1') that is prepared in `folder`, or None."""
+    versions = [path.parent.name for path in folder.glob(f"*/{INFO}")]
+    versions = [v for v in versions if re.fullmatch(r"\d+\.\d+\.\d+", v)]
+    return max(versions, key=lambda v: [int(n) for n in v.split(".")], default=None)
+
+
+def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns ARRAYS from a folder of prepared records, without network and in their order.
+
+    Raises:
+      UserError: records are missing or damaged.
+    """
+    from lth_tf.compat import tf  # before tfds, which would import tf in the wrong order
+
+    import tensorflow_datasets as tfds  # isort: skip
+
+    found = {}
+    try:
+        builder = tfds.builder_from_directory(source)
+        in_order = tfds.ReadConfig(interleave_cycle_length=1)
+        for split in ("train", "test"):
+            with tf.device("cpu:0"):
+                images, labels = builder.as_dataset(
+                    split=split,
+                    batch_size=-1,
+                    shuffle_files=False,
+                    as_supervised=True,
+                    read_config=in_order,
+                )
+            found[f"{split}_images"] = images.numpy()
+            found[f"{split}_labels"] = labels.numpy().astype(np.int32)
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        raise UserError(
+            f"the data in {source} cannot be read ({_brief(error)}); delete that folder and "
+            f"prepare or copy it again"
+        ) from error
+    return found
+
+
+def download(name: str, folder: pathlib.Path) -> None:
+    """Downloads and prepares a data set in `folder`.
+
+    Raises:
+      UserError: it failed, whatever the reason.
+    """
+    from lth_tf import compat  # noqa: F401  before tfds, as above
+
+    import requests  # isort: skip
+    import tensorflow_datasets as tfds  # isort: skip
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+        # tfds retries a host that it cannot reach for minutes: ask once before.
+        for url in list(builder.url_infos or ())[:1]:
+            requests.head(url, timeout=10)
+        builder.download_and_prepare()
+    except Exception as error:
+        raise UserError(
+            f"data set {name!r} is not in {folder} and downloading it failed ({_brief(error)}); "
+            f"point --data_dir or TFDS_DATA_DIR to a folder that has {name}/<version> as "
+            f"tensorflow-datasets prepares it, or run where there is a network, or use "
+            f"--dataset=digits, which ships inside the package"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """Returns the kind of an error and the beginning of its first line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:100]}"

@@ -1,0 +1,603 @@
+"""Masks that hold: `prune` wraps a model's prunable layers so that pruned weights stay 0.0.
+
+Each layer that owns kernels is wrapped in a `MaskedLayer`, in whose `call` the layer
+sees mask x kernel instead of the kernel. The gradient of any loss is then masked by
+the chain rule, and since `set_mask` zeroes the pruned weights and the optimizer's
+slots for them, every update of a pruned weight is exactly zero, in `fit` as in a loop
+of one's own.
+
+The pruned model and the plain one share their layers: what one learns the other knows.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lth_tf.compat import PruneLowMagnitude, is_keras_3, keras, tf
+from lth_tf.errors import UserError
+from lth_tf.masks import Mask
+
+
+class InvariantError(RuntimeError):
+    """A weight or optimizer slot is not zero where the mask is."""
+
+
+@keras.saving.register_keras_serializable(package="lth_tf")
+class MaskedLayer(PruneLowMagnitude):
+    """A layer that computes with mask x kernel.
+
+    Keeps the variables and the interface of tfmot's `PruneLowMagnitude` (so that
+    `strip_pruning`, `prune_scope`, `PruningSummaries` and saving work) but not its
+    engine: the mask changes only when `set_mask` changes it.
+
+    Args:
+      layer: any layer, built or not; all kernels that it or its sublayers own are
+        masked.
+
+    Attributes:
+      pruning_vars: list of (kernel, mask, threshold) variables; the mask has the
+        kernel's shape and holds 0 or 1, the threshold is always 0.
+    """
+
+    def __init__(self, layer: Any, **kwargs: Any):
+        kwargs["name"] = f"masked_{layer.name}"
+        kwargs.setdefault("dtype", layer._dtype_policy)
+        # tfmot's own __init__ would refuse layers that it does not know.
+        super(PruneLowMagnitude, self).__init__(layer, **kwargs)
+        self._activity_regularizer = getattr(layer, "_activity_regularizer", None)
+        # Past Keras' tracking: the kernels belong to the layer and are saved with it.
+        self.__dict__["pruning_vars"] = []
+        self.__dict__["_hosts"] = []
+        if not hasattr(self, "_batch_input_shape") and hasattr(layer, "_batch_input_shape"):
+            self._batch_input_shape = layer._batch_input_shape
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the layer where that is still to be done, and the mask variables."""
+        super(PruneLowMagnitude, self).build(input_shape)
+        self.pruning_step = self.add_weight(
+            f"{self.layer.name}_pruning_step",
+            [],
+            initializer=keras.initializers.Constant(-1),
+            dtype=tf.int64,
+            trainable=False,
+        )
+        self._add_masks()
+
+    def _add_masks(self) -> None:
+        for owner in self.layer._flatten_layers():
+            for attribute, kernel in _own_kernels(owner):
+                # h5 wants names that are unique in a nested model.
+                suffix = f"_{len(self._hosts)}" if self._hosts else ""
+                options: dict[str, Any] = {
+                    "dtype": getattr(kernel, "true_dtype", kernel.dtype),
+                    "trainable": False,
+                    "aggregation": tf.VariableAggregation.MEAN,
+                    "experimental_autocast": False,
+                }
+                mask = self.add_weight(
+                    f"{self.layer.name}_mask{suffix}", kernel.shape, initializer="ones", **options
+                )
+                threshold = self.add_weight(
+                    f"{self.layer.name}_threshold{suffix}", [], initializer="zeros", **options
+                )
+                self.pruning_vars.append((kernel, mask, threshold))
+                self._hosts.append((owner, attribute, kernel, mask))
+        _mask_regularizers(self._hosts)
+
+    @contextlib.contextmanager
+    def _masked(self) -> Iterator[None]:
+        """Within, the owners' kernels are mask x kernel, in their compute dtype."""
+        try:
+            for owner, attribute, kernel, mask in self._hosts:
+                # Past Keras' __setattr__, which would untrack the variable.
+                owner.__dict__[attribute] = tf.cast(_select(mask, kernel), owner.compute_dtype)
+            yield
+        finally:
+            # The variable itself and not what was found: under MirroredStrategy
+            # another replica's thread may have entered in between.
+            for owner, attribute, kernel, _ in self._hosts:
+                owner.__dict__[attribute] = kernel
+
+    def call(self, inputs: Any, *args: Any, training=None, mask=None, **kwargs: Any) -> Any:
+        """Calls the layer on masked kernels."""
+        names = self.layer._call_spec.arg_names
+        if "training" in names or self.layer._call_spec.full_argspec.varkw:
+            kwargs["training"] = training
+        if mask is not None and "mask" in names:
+            kwargs["mask"] = mask
+        if not self._hosts:
+            # Some layers (MultiHeadAttention) create their kernels in their first call.
+            self.layer.call(inputs, *args, **kwargs)
+            with tf.init_scope():
+                self._add_masks()
+        with self._masked():
+            return self.layer.call(inputs, *args, **kwargs)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """Delegates Keras' sequence masking, which has nothing to do with pruning."""
+        return self.layer.compute_mask(inputs, mask)
+
+    @property
+    def pruning_obj(self) -> Any:
+        """What tfmot's UpdatePruningStep callback calls at the end of an epoch."""
+        return self
+
+    def weight_mask_op(self) -> None:
+        """Zeroes the pruned weights, which they are anyway."""
+        for kernel, mask, _ in self.pruning_vars:
+            kernel.assign(_select(mask, kernel))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the configuration; the mask is a variable and saved as such."""
+        return super(PruneLowMagnitude, self).get_config()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MaskedLayer:
+        """Returns the layer that `get_config` described."""
+        config = dict(config)
+        layer = keras.layers.deserialize(config.pop("layer"), custom_objects=custom_objects)
+        return cls(layer, **config)
+
+
+def _select(mask: Any, kernel: Any) -> Any:
+    """mask x kernel; a selection, because a product keeps NaN and -0.0."""
+    value = kernel.read_value()
+    return tf.where(mask != 0, value, tf.zeros([], value.dtype))
+
+
+def _own_kernels(layer: Any) -> list[tuple[str, Any]]:
+    """(attribute, variable) of the kernels that a layer holds itself, sublayers aside."""
+    chosen = []
+    if hasattr(layer, "get_prunable_weights") and not isinstance(layer, MaskedLayer):
+        chosen = layer.get_prunable_weights()
+    return [
+        (attribute, value)
+        for attribute, value in vars(layer).items()
+        if isinstance(value, tf.Variable)
+        and (
+            any(value is c for c in chosen)
+            or (attribute.endswith("kernel") and value.shape.rank and value.shape.rank >= 2)
+        )
+    ]
+
+
+def _mask_regularizers(hosts: list[tuple]) -> None:
+    """Makes weight regularizers see the masked kernel.
+
+    On the raw one some (orthogonality, for one) have gradients at pruned weights.
+    Keras keeps such a loss as partial(tag, partial(loss, variable)).
+    """
+    for owner, _, kernel, mask in hosts:
+        for i, loss in enumerate(owner._callable_losses):
+            inner = loss.args[0] if isinstance(loss, functools.partial) and loss.args else None
+            if isinstance(inner, functools.partial) and inner.args and inner.args[0] is kernel:
+                masked = functools.partial(_masked_loss, inner, mask, kernel)
+                masked.plain = loss  # type: ignore[attr-defined]
+                owner._callable_losses[i] = masked
+
+
+def _masked_loss(inner: functools.partial, mask: Any, kernel: Any) -> Any:
+    loss = inner.func(_select(mask, kernel))
+    loss._unconditional_loss = True  # as Keras marks losses that no inputs enter
+    return loss
+
+
+# --- Names -----------------------------------------------------------------------------
+
+
+class _Weight(NamedTuple):
+    name: str
+    variable: Any
+    mask: Any  # the mask variable, or None
+    kernel: bool
+    owner: Any
+
+
+def _children(layer: Any) -> list[Any]:
+    return list(layer._flatten_layers(recursive=False, include_self=False))
+
+
+def _walk(layer: Any, path: str, masks: dict[int, Any], seen: set[int]) -> Iterator[_Weight]:
+    """Yields a layer's own weights, then those of its children, each under a unique path."""
+    if isinstance(layer, MaskedLayer):
+        masks |= {id(kernel): mask for _, _, kernel, mask in layer._hosts}
+        yield from _walk(layer.layer, path, masks, seen)
+        return
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    own = {id(kernel) for _, kernel in _own_kernels(layer)}
+    used: Counter[str] = Counter()
+    for variable in [*layer._trainable_weights, *layer._non_trainable_weights]:
+        short = variable.name.split("/")[-1].split(":")[0]
+        used[short] += 1
+        name = short if used[short] == 1 else f"{short}_{used[short] - 1}"
+        yield _Weight(
+            f"{path}/{name}" if path else name,
+            variable,
+            masks.get(id(variable)),
+            id(variable) in own and path != "",
+            layer,
+        )
+    used.clear()
+    for child in _children(layer):
+        inner = child.layer if isinstance(child, MaskedLayer) else child
+        # 'dense_3' counts the layers of the process: number those by their place.
+        automatic = re.sub(r"(?<!^)(?=[A-Z][a-z])|(?<=[a-z0-9])(?=[A-Z])", "_",
+                           type(inner).__name__).lower()
+        base = automatic if re.fullmatch(rf"{automatic}(_\d+)?", inner.name) else inner.name
+        name = base if used[base] == 0 else f"{base}_{used[base]}"
+        used[base] += 1
+        yield from _walk(child, f"{path}/{name}" if path else name, masks, seen)
+
+
+def _weights(model: Any) -> list[_Weight]:
+    return list(_walk(model, "", {}, set()))
+
+
+def weights(model: Any) -> dict[str, Any]:
+    """Returns all variables of a plain or pruned model, masks aside: unique path -> variable.
+
+    Layers that nobody named ('dense_3') appear under their place in the model
+    ('dense', 'dense_1', ...), which is the same in every process.
+    """
+    return {w.name: w.variable for w in _weights(model)}
+
+
+def kernels(model: Any) -> dict[str, Any]:
+    """Returns the prunable variables of a plain or pruned model: unique path -> variable.
+
+    Prunable are the kernels of dense, convolutional, recurrent and attention layers
+    (attributes called 'kernel' or '..._kernel', of rank 2 or more) and what a custom
+    layer names in `get_prunable_weights()`; biases, normalisation and embeddings are
+    not.
+    """
+    return {w.name: w.variable for w in _weights(model) if w.kernel}
+
+
+def kinds(model: Any) -> dict[str, str]:
+    """Returns for each kernel 'conv', 'dense' or 'output' (the last one)."""
+    found = [w for w in _weights(model) if w.kernel]
+    kind = {w.name: "conv" if "Conv" in type(w.owner).__name__ else "dense" for w in found}
+    if found:
+        kind[found[-1].name] = "output"
+    return kind
+
+
+# --- Wrapping and unwrapping -----------------------------------------------------------
+
+
+def prune(model: Any) -> Any:
+    """Returns the model with every prunable layer wrapped in a `MaskedLayer`, nothing pruned yet.
+
+    Functional and Sequential models come back as a new model that shares all layers
+    with the given one; a subclassed model is changed in place, attribute by attribute,
+    and returned. Compile the result before `fit`.
+
+    Args:
+      model: a built tf_keras model: functional, Sequential, nested or subclassed.
+
+    Raises:
+      UserError: a Keras 3 model, no model at all, one that is not built, has
+        nothing prunable, or is pruned already.
+    """
+    if is_keras_3(model):
+        raise UserError(
+            f"{type(model).__name__} {getattr(model, 'name', '')!r} is a Keras 3 model; lth_tf "
+            "prunes tf_keras models: build it with `import tf_keras as keras` (or import lth_tf "
+            "before tensorflow.keras is touched), then copy the weights with set_weights"
+        )
+    if not isinstance(model, keras.Model):
+        raise UserError(f"prune takes a tf_keras model, not {type(model).__name__}")
+    if not model.built:
+        raise UserError(
+            f"model {model.name!r} is not built, so its kernels do not exist yet; call "
+            "model.build(input_shape) or call it on a batch first"
+        )
+    if any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers()):
+        raise UserError(f"model {model.name!r} is pruned already; use set_mask to change its mask")
+    if not kernels(model):
+        raise UserError(
+            f"model {model.name!r} has nothing to prune: none of its layers "
+            f"({', '.join(type(layer).__name__ for layer in model.layers)}) has a kernel; a custom "
+            "layer can name its own in get_prunable_weights()"
+        )
+    return _rewrap(model, _wrap)
+
+
+def strip(model: Any) -> Any:
+    """Returns the plain model of a pruned one, its pruned weights exactly 0.0.
+
+    The inverse of `prune`: a subclassed model is changed in place. The layers remain
+    shared with the pruned model.
+
+    Raises:
+      InvariantError: a pruned weight is not zero.
+    """
+    check(model)
+    return _rewrap(model, _unwrap)
+
+
+@contextlib.contextmanager
+def plain(model: Any) -> Iterator[Any]:
+    """Within, the plain model of a pruned or plain one; a subclassed one is put back after."""
+    pruned = any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers())
+    if not pruned or _is_graph(model):
+        yield strip(model) if pruned else model
+        return
+    restore: list[Callable[[], None]] = []
+    try:
+        yield _rewrap(model, lambda layer: _remember(layer, restore))
+    finally:
+        _rewrap(model, lambda layer: getattr(layer, "__dict__", {}).pop("_lth_wrapper", layer))
+
+
+def _remember(layer: Any, restore: list) -> Any:
+    if isinstance(layer, MaskedLayer):
+        layer.layer.__dict__["_lth_wrapper"] = layer
+        return layer.layer
+    return layer
+
+
+def _is_graph(model: Any) -> bool:
+    return isinstance(model, keras.Sequential) or bool(getattr(model, "_is_graph_network", False))
+
+
+def _wrap(layer: Any) -> Any:
+    if isinstance(layer, MaskedLayer) or not any(_own_kernels(x) for x in layer._flatten_layers()):
+        return layer
+    wrapped = MaskedLayer(layer)
+    wrapped.build(None)
+    return wrapped
+
+
+def _unwrap(layer: Any) -> Any:
+    if not isinstance(layer, MaskedLayer):
+        return layer
+    for owner, *_ in layer._hosts:
+        owner._callable_losses = [getattr(f, "plain", f) for f in owner._callable_losses]
+    return layer.layer
+
+
+def _rewrap(model: Any, swap: Callable[[Any], Any]) -> Any:
+    """Applies `swap` to every layer of a model, nested models included."""
+    if _is_graph(model):
+
+        def clone(layer: Any) -> Any:
+            if isinstance(layer, keras.Model):
+                return _rewrap(layer, swap)
+            if isinstance(layer, keras.layers.InputLayer):
+                return type(layer).from_config(layer.get_config())
+            return swap(layer)
+
+        return keras.models.clone_model(model, clone_function=clone)
+
+    def exchange(value: Any) -> Any:
+        if isinstance(value, keras.Model):
+            return _rewrap(value, swap)
+        if isinstance(value, keras.layers.Layer):
+            return swap(value)
+        if isinstance(value, Mapping):
+            new: Any = {key: exchange(v) for key, v in value.items()}
+            return new if any(new[key] is not value[key] for key in new) else value
+        if isinstance(value, (list, tuple)):
+            new = [exchange(v) for v in value]
+            changed = any(a is not b for a, b in zip(new, value, strict=True))
+            return (new if isinstance(value, list) else tuple(new)) if changed else value
+        return value
+
+    internal = vars(keras.Model()).keys()
+    for attribute, value in list(vars(model).items()):
+        if attribute not in internal and not attribute.startswith("_self_"):
+            new = exchange(value)
+            if new is not value:
+                setattr(model, attribute, new)
+    # What was traced with the former layers must not be used again.
+    model.train_function = model.test_function = model.predict_function = None
+    return model
+
+
+# --- Masks -----------------------------------------------------------------------------
+
+
+def get_mask(model: Any) -> Mask:
+    """Returns the mask of a pruned model: kernel name -> uint8 array, 1 = kept.
+
+    Raises:
+      UserError: the model is not pruned.
+    """
+    return {w.name: (w.mask.numpy() != 0).astype(np.uint8) for w in _masked(model)}
+
+
+def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
+    """Puts a mask in force: sets it, and zeroes the pruned weights and their slots.
+
+    Args:
+      model: a pruned model.
+      mask: kernel name -> array of the kernel's shape with values 0 and 1, for every
+        kernel of the model.
+      optimizer: whose slots to zero (default: the one the model is compiled with).
+        It may be set up or not: slots that do not exist yet start clean.
+
+    Raises:
+      UserError: the model is not pruned, the names, shapes or values do not fit, or
+        the optimizer's state does not survive masking.
+    """
+    found = _masked(model)
+    fit(mask, {w.name: tuple(w.variable.shape) for w in found}, "mask")
+    for name, m in mask.items():
+        if not np.isin(m, (0, 1)).all():
+            raise UserError(f"the mask of {name!r} holds values other than 0 and 1")
+    optimizer = optimizer or getattr(model, "optimizer", None)
+    if optimizer is not None:
+        require_maskable(optimizer)
+    slots = slots_of(optimizer, model) if optimizer is not None else {}
+    for w in found:
+        w.mask.assign(np.asarray(mask[w.name], w.mask.dtype.as_numpy_dtype))
+        for variable in (w.variable, *slots.get(w.name, ())):
+            variable.assign(_select(w.mask, variable))
+
+
+def fit(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises UserError unless `given` has exactly these names and shapes."""
+    if missing := [n for n in shapes if n not in given]:
+        raise UserError(f"the {what} lacks {missing}; the model has {list(shapes)}")
+    if extra := [n for n in given if n not in shapes]:
+        raise UserError(f"the {what} has {extra}, which the model has not: it has {list(shapes)}")
+    for name, shape in shapes.items():
+        if tuple(np.shape(given[name])) != tuple(shape):
+            raise UserError(
+                f"the {what} of {name!r} has shape {tuple(np.shape(given[name]))}, "
+                f"the model's is {tuple(shape)}"
+            )
+
+
+def check(model: Any, optimizer: Any = None) -> None:
+    """Checks the invariant: zeros of the mask are zeros of the weights and of the slots.
+
+    Raises:
+      InvariantError: names the kernel, what is not zero, and how many entries.
+    """
+    found = _masked(model)
+    slots = slots_of(optimizer, model) if optimizer is not None else {}
+    for w in found:
+        pruned = w.mask.numpy() == 0
+        for variable in (w.variable, *slots.get(w.name, ())):
+            # != 0 is true for NaN, too.
+            wrong = int(np.count_nonzero(variable.numpy()[pruned] != 0))
+            if wrong:
+                raise InvariantError(
+                    f"{wrong} of {int(pruned.sum())} pruned entries of {variable.name} are not "
+                    "zero: something outside lth_tf wrote to them (an assign, load_weights or an "
+                    "optimizer without set_mask); call set_mask(model, get_mask(model)) to repair"
+                )
+
+
+def _masked(model: Any) -> list[_Weight]:
+    found = [w for w in _weights(model) if w.mask is not None]
+    if not found:
+        raise UserError(f"model {model.name!r} is not pruned; call prune(model) first")
+    return found
+
+
+def assign(model: Any, values: Mapping[str, np.ndarray], mask: Mask | None = None) -> None:
+    """Sets all weights of a model, masked; only `Rewind` and exporters need it.
+
+    Args:
+      model: plain or pruned.
+      values: path -> array, for every weight of the model (see `weights`).
+      mask: what to set to 0.0 of them.
+
+    Raises:
+      UserError: names or shapes do not fit.
+    """
+    variables = weights(model)
+    fit(values, {n: tuple(v.shape) for n, v in variables.items()}, "set of weights")
+    for name, variable in variables.items():
+        value = np.asarray(values[name])
+        if mask is not None and name in mask:
+            value = np.where(mask[name] != 0, value, np.zeros((), value.dtype))
+        dtype = getattr(variable, "true_dtype", variable.dtype)
+        variable.assign(value.astype(dtype.as_numpy_dtype))
+
+
+# --- Optimizers ------------------------------------------------------------------------
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Returns the optimizer inside a LossScaleOptimizer, or the optimizer itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def slots_of(optimizer: Any, model: Any) -> dict[str, list[Any]]:
+    """Returns kernel name -> the optimizer's variables of that kernel's shape (moments, averages).
+
+    A slot is named kind/variable. Names need not be unique in nested models; slots
+    of one kind and name come in the order of the model's trainable variables.
+    """
+    optimizer = inner_optimizer(optimizer)
+    if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
+        return {
+            name: [optimizer.get_slot(v, s) for s in optimizer.get_slot_names()]
+            for name, v in kernels(model).items()
+            if optimizer.weights
+        }
+    names = Counter(v.name for v in model.trainable_variables)
+    place: Counter[str] = Counter()
+    position: dict[int, tuple[str, int]] = {}
+    for variable in model.trainable_variables:
+        position[_key(variable)] = (variable.name, place[variable.name])
+        place[variable.name] += 1
+    slots: dict[tuple[str, int], list[Any]] = {}
+    seen: Counter[str] = Counter()
+    for slot in optimizer.variables:
+        parts = slot.name.split("/")
+        # The longest variable name that ends the slot's name is its variable's.
+        owner = next((n for i in range(1, len(parts)) if (n := "/".join(parts[i:])) in names), None)
+        if owner is not None:
+            slots.setdefault((owner, seen[slot.name]), []).append(slot)
+            seen[slot.name] += 1
+    return {
+        name: [s for s in slots.get(position[_key(k)], ()) if s.shape == k.shape]
+        for name, k in kernels(model).items()
+        if _key(k) in position
+    }
+
+
+def _key(variable: Any) -> int:
+    return id(getattr(variable, "_variable", variable))  # an AutoCastVariable holds the real one
+
+
+_PROBED: dict[str, bool] = {}
+
+
+def require_maskable(optimizer: Any) -> None:
+    """Raises UserError if a masked weight does not stay 0.0 under this optimizer.
+
+    Tried on a vector of three weights, not looked up in a list: two steps, then one
+    weight and its slots are zeroed, two more steps with gradient 0 there.
+    """
+    optimizer = inner_optimizer(optimizer)
+    config = dict(optimizer.get_config(), learning_rate=0.1)
+    if not isinstance(optimizer, keras.optimizers.legacy.Optimizer):
+        config["jit_compile"] = False
+    key = f"{type(optimizer).__qualname__} {json.dumps(config, sort_keys=True, default=str)}"
+    if key not in _PROBED:
+        # In a thread of its own there is no distribution strategy in force.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            _PROBED[key] = pool.submit(_survives, type(optimizer).from_config, config).result()
+    if not _PROBED[key]:
+        raise UserError(
+            f"optimizer {type(optimizer).__name__} does not keep a pruned weight at 0.0: its state "
+            "does not survive masking; use adam, adamw, sgd, momentum or nesterov"
+        )
+
+
+def _survives(make: Callable[[dict], Any], config: dict[str, Any]) -> bool:
+    optimizer = make(config)
+    layer = keras.layers.Dense(1, use_bias=False)
+    model = prune(keras.Sequential([keras.Input((3,)), layer]))
+    name, kernel = next(iter(kernels(model).items()))
+    kernel.assign([[1.0], [-2.0], [3.0]])
+    for step in range(4):
+        if step == 2:
+            for variable in (kernel, *slots_of(optimizer, model)[name]):
+                variable.assign(tf.constant([[1.0], [0.0], [1.0]]) * variable)
+        gradient = tf.constant([[0.3], [-0.2 if step < 2 else 0.0], [0.1]])
+        optimizer.apply_gradients([(gradient, kernel)])
+    return bool(np.isfinite(kernel.numpy()).all() and kernel.numpy()[1, 0] == 0)
+
+
+__all__ = [
+    "InvariantError", "MaskedLayer", "assign", "check", "get_mask", "kernels",
+    "kinds", "plain", "prune", "set_mask", "slots_of", "strip", "weights",
+]  # fmt: skip

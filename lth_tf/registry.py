@@ -1,0 +1,86 @@
+"""A dictionary of named choices whose miss is an answer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from lth_tf.errors import UserError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """Returns ' Did you mean ...?' for a likely typo, else ''."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Maps names to entries; built by decoration, read like a dict.
+
+    Args:
+      kind: what an entry is called in error messages, e.g. 'scope'.
+      resolve: for families of names ('lenet_300_100'): called with a name that
+        has no entry of its own, returns an entry or None.
+      families: how such names look, for error messages: ('lenet_A_B',).
+
+    >>> COLOURS = Registry("colour")
+    >>> @COLOURS.register("red")
+    ... def red(): return "#f00"
+    >>> COLOURS["red"]()
+    '#f00'
+    >>> COLOURS["rad"]
+    Traceback (most recent call last):
+    ...
+    lth_tf.errors.UserError: unknown colour 'rad'; there are: red. Did you mean 'red'?
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        resolve: Callable[[str], T | None] | None = None,
+        families: tuple[str, ...] = (),
+    ):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._resolve = resolve
+        self._families = families
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that enters a function under `name`."""
+
+        def enter(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = entry
+            return entry
+
+        return enter
+
+    def __getitem__(self, name: str) -> T:
+        """Returns the entry; raises UserError naming what exists and the nearest."""
+        if name in self._entries:
+            return self._entries[name]
+        entry = self._resolve(name) if self._resolve else None
+        if entry is None:
+            known = [*self._entries, *self._families]
+            raise UserError(
+                f"unknown {self.kind} {name!r}; there are: {', '.join(known)}."
+                f"{nearest(name, known)}"
+            )
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self[str(name)]
+        except UserError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,33 @@
+"""What a person looks at: the plan, the table of results, one sentence, one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.console
+
+from lth_tf.analysis import winning
+from lth_tf.report.figure import figure
+from lth_tf.report.tables import plan_tables, results_table, sentence
+
+__all__ = ["figure", "finish", "plan_tables", "results_table", "sentence"]
+
+
+def finish(
+    console: rich.console.Console, rows: Sequence[dict[str, Any]], workdir: Path, title: str
+) -> None:
+    """Prints table, sentence and paths of a finished experiment, and draws its figure."""
+    figure(rows, workdir / "figure.png", title)
+    console.print(results_table(rows), highlight=False)
+    if any(row["arm"] == "reinit" for row in rows):
+        console.print(sentence(winning(rows)), highlight=False)
+    for name in ("figure.png", "summary.csv"):
+        console.print(str(workdir / name), highlight=False, soft_wrap=True)
+    console.print(
+        f"tickets: {workdir}/replicate_*/level_*/ticket.safetensors; curves: "
+        f"tensorboard --logdir {workdir}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,69 @@
+"""The figure of the ticket paper: early-stop step and accuracies against density."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+
+from lth_tf import storage
+from lth_tf.analysis.winning import points
+from lth_tf.report.tables import ARMS
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLOURS = {"ticket": "#0072B2", "reinit": "#D55E00"}
+PANELS = (
+    ("early_stop_step", "steps to minimum validation loss", 1.0),
+    ("test_accuracy_early", "test accuracy there (%)", 100.0),
+    ("test_accuracy_end", "test accuracy at the end (%)", 100.0),
+)
+
+
+def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Writes a PNG: mean over replicates, band from minimum to maximum, dense as dashed line.
+
+    Density falls from left to right on a logarithmic axis (Frankle and Carbin 2019,
+    figures 1, 3 and 4).
+    """
+    found = points(rows)
+    drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
+    axes = drawing.subplots(1, len(PANELS))
+    dense = next(p for p in found if p.level == 0)
+    for ax, (column, label, factor) in zip(axes, PANELS, strict=True):
+        ax.axhline(getattr(dense, column).mean() * factor, color="0.4", ls="--", label="dense")
+        shown = []
+        for arm in dict.fromkeys(p.arm for p in found):
+            line = [p for p in found if p.arm == arm]
+            x = [p.density * 100 for p in line]
+            values = [getattr(p, column) * factor for p in line]
+            shown += [float(np.mean(v)) for v in values]
+            colour = COLOURS.get(arm)
+            ax.plot(
+                x, [v.mean() for v in values], "o-", ms=4, color=colour, label=ARMS.get(arm, arm)
+            )
+            ax.fill_between(
+                x, [v.min() for v in values], [v.max() for v in values], color=colour, alpha=0.2,
+                lw=0,
+            )  # fmt: skip
+        ax.set_xscale("log")
+        ax.invert_xaxis()
+        ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        if factor == 100.0:
+            # Networks cut down to chance would flatten all that is of interest.
+            top = max(shown)
+            ax.set_ylim(max(min(shown), top - 25) - 0.5, min(100.0, top + 1))
+        ax.set_xlabel("density (% of weights kept)")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    drawing.suptitle(title)
+    content = io.BytesIO()
+    drawing.savefig(content, format="png", dpi=120, metadata={"Software": None})
+    storage.write(path, content.getvalue())

@@ -1,0 +1,99 @@
+"""Tables and sentences for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from lth_tf.analysis.winning import MARGIN, Point, Winning, points
+from lth_tf.experiment import Plan
+from lth_tf.spec import Spec
+
+ARMS = {"ticket": "ticket", "reinit": "re-initialised"}
+
+
+def plan_tables(plan: Plan, spec: Spec) -> Iterator[Any]:
+    """Yields the kernels with what becomes of them, then the work in one sentence."""
+    table = Table(title=f"{spec.model} on {spec.dataset}: what can be pruned")
+    for column in ("kernel", "shape", "weights", "removed per level", "kept at the last level"):
+        table.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
+    last = plan.kept(len(plan.densities) - 1)
+    sizes = plan.kept(0)
+    for name, shape in plan.shapes.items():
+        rate = f"{plan.rates[name]:.4g}" if plan.rates[name] else "protected"
+        kept = f"{last[name]:,}" if spec.scope == "layerwise" else "by rank"
+        table.add_row(name, " x ".join(map(str, shape)), f"{sizes[name]:,}", rate, kept)
+    total, left = sum(sizes.values()), sum(last.values())
+    table.add_section()
+    table.add_row("all", "", f"{total:,}", "", f"{left:,} ({left / total:.2%})")
+    yield table
+    controls = sum(len(names) for names in plan.controls.values())
+    yield (
+        f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {len(plan.densities)} "
+        f"level(s) and {controls} control(s); {plan.steps:,} steps in all"
+    )
+
+
+def _mean_and_spread(values: np.ndarray, form: str) -> str:
+    text = form.format(values.mean())
+    if len(values) > 1:
+        text += " ± " + form.format(values.std(ddof=1)).rstrip("%").strip()
+    return text
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Returns dense, ticket and control at every level where a control ran (else all levels).
+
+    Each cell is the mean over replicates ± the sample standard deviation.
+    """
+    found = points(rows)
+    controlled = {p.level for p in found if p.arm != "ticket"} or {p.level for p in found}
+    n = len(found[0].replicates) if found else 0
+    table = Table(title=f"mean ± standard deviation over {n} replicate(s)")
+    table.add_column("density", justify="right")
+    table.add_column("arm")
+    table.add_column("steps to minimum validation loss", justify="right")
+    table.add_column("test accuracy there", justify="right")
+    table.add_column("test accuracy at the end", justify="right")
+    level = None
+    for p in found:
+        if p.level not in controlled | {0}:
+            continue
+        if level is not None and p.level != level:
+            table.add_section()
+        table.add_row(f"{p.density:.2%}" if p.level != level else "", _arm(p), *_numbers(p))
+        level = p.level
+    return table
+
+
+def _arm(point: Point) -> str:
+    return "dense" if point.level == 0 else ARMS.get(point.arm, point.arm)
+
+
+def _numbers(point: Point) -> tuple[str, str, str]:
+    return (
+        _mean_and_spread(point.early_stop_step, "{:,.0f}"),
+        _mean_and_spread(point.test_accuracy_early, "{:.2%}"),
+        _mean_and_spread(point.test_accuracy_end, "{:.2%}"),
+    )
+
+
+def sentence(found: Winning) -> str:
+    """Says at which densities tickets win, and how many replicates agree; or that none does."""
+    if found.early is None and found.end is None:
+        return (
+            "No winning ticket: at no density with a control did tickets beat re-initialised "
+            f"networks by more than {MARGIN:.1%} while matching the dense one."
+        )
+    early, end = (
+        f"{f[0]:.2%} density ({f[1]} of {found.replicates} replicates agree)" if f else "no density"
+        for f in (found.early, found.end)
+    )
+    return (
+        f"Tickets are winning down to {early}: they reach their minimum validation loss no later "
+        "than the dense network and are as accurate there, re-initialised ones are not; at the "
+        f"end of training they still match it, and re-initialised ones do not, down to {end}."
+    )

@@ -1,0 +1,120 @@
+"""Numbers over time: the density of each level, the learning rate of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from lth_tf.errors import UserError
+from lth_tf.registry import Registry
+
+
+def level_densities(
+    sizes: Mapping[str, int],
+    rates: Mapping[str, float],
+    *,
+    levels: int | None = None,
+    target_density: float | None = None,
+    one_shot: bool = False,
+) -> list[dict[str, float]]:
+    """Returns for every level, 0 included, the density of every kernel.
+
+    A kernel with prune rate p has density (1 - p)^l at level l (Frankle and Carbin
+    2019, section 1). With a target, l need not be whole at the last level: it is the
+    one l at which the network as a whole has the target density.
+
+    Args:
+      sizes: kernel name -> number of weights.
+      rates: kernel name -> fraction removed per level, 0 (protected) to below 1.
+      levels: the number of prunings; or
+      target_density: the density of the whole network at the last level.
+      one_shot: go to the last level in one pruning.
+
+    Raises:
+      UserError: neither or both ends are given, or the target cannot be reached.
+
+    >>> level_densities({"a": 80, "b": 20}, {"a": 0.5, "b": 0.0}, levels=2)
+    [{'a': 1.0, 'b': 1.0}, {'a': 0.5, 'b': 1.0}, {'a': 0.25, 'b': 1.0}]
+    >>> [round(d["a"], 3) for d in
+    ...  level_densities({"a": 80, "b": 20}, {"a": 0.5, "b": 0.0}, target_density=0.5)]
+    [1.0, 0.5, 0.375]
+    """
+    if (levels is None) == (target_density is None):
+        raise UserError("give either levels or target_density, not both and not neither")
+
+    def at(level: float) -> dict[str, float]:
+        return {name: (1 - rates[name]) ** level for name in sizes}
+
+    def whole(level: float) -> float:
+        each = at(level)
+        return sum(each[name] * n for name, n in sizes.items()) / sum(sizes.values())
+
+    if target_density is None:
+        last = float(levels or 0)
+    else:
+        floor = sum(n for name, n in sizes.items() if rates[name] == 0) / sum(sizes.values())
+        if not floor < target_density < 1:
+            raise UserError(
+                f"target_density {target_density} cannot be reached: it must be below 1 and above "
+                f"{floor:.4g}, the share of the kernels whose prune fraction is 0"
+            )
+        # `whole` falls strictly, so bisection finds the level to the last bit.
+        low, high = 0.0, 1.0
+        while whole(high) > target_density:
+            high *= 2
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if whole(middle) > target_density else (low, middle)
+        last = round(high) if abs(high - round(high)) < 1e-9 else high
+    if one_shot:
+        steps = [0.0, last] if last else [0.0]
+    else:
+        steps = [*map(float, range(int(np.ceil(last)))), last]
+    return [at(level) for level in steps]
+
+
+LearningRate = Callable[..., np.ndarray]
+LR_SCHEDULES: Registry[LearningRate] = Registry("learning-rate schedule")
+
+
+@LR_SCHEDULES.register("constant")
+def constant(steps: np.ndarray, total: int, *, drops: Sequence[int], factor: float) -> np.ndarray:
+    """Returns 1 at every step."""
+    return np.ones(steps.shape)
+
+
+@LR_SCHEDULES.register("steps")
+def step_drops(steps: np.ndarray, total: int, *, drops: Sequence[int], factor: float) -> np.ndarray:
+    """Returns factor^(number of drops passed): the rate falls at each step of `drops`."""
+    return factor ** np.searchsorted(np.sort(np.asarray(drops, int)), steps, side="right")
+
+
+@LR_SCHEDULES.register("cosine")
+def cosine(steps: np.ndarray, total: int, *, drops: Sequence[int], factor: float) -> np.ndarray:
+    """Returns (1 + cos(pi t / T)) / 2 (Loshchilov and Hutter 2017, eq. 5, no restarts)."""
+    return (1 + np.cos(np.pi * steps / total)) / 2
+
+
+def learning_rates(
+    name: str,
+    base: float,
+    total: int,
+    *,
+    drops: Sequence[int] = (),
+    factor: float = 0.1,
+    warmup: int = 0,
+) -> np.ndarray:
+    """Returns the learning rate of each of `total` steps, float64[total].
+
+    During the first `warmup` steps it rises linearly, from base / warmup at step 0
+    to the full rate (as Frankle and Carbin 2019, section 4, warm up).
+
+    >>> learning_rates("steps", 1.0, 5, drops=[3], warmup=2)
+    array([0.5, 1. , 1. , 0.1, 0.1])
+    """
+    steps = np.arange(total)
+    values = base * LR_SCHEDULES[name](steps, total, drops=drops, factor=factor)
+    if warmup:
+        values = values * np.minimum(1.0, (steps + 1) / warmup)
+    return values

@@ -1,0 +1,140 @@
+"""Files that are either finished or absent, and a lock on the folder they lie in."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lth_tf.errors import UserError
+
+METADATA_KEY = "lth_tf"
+
+
+@contextlib.contextmanager
+def explained(path: os.PathLike | str) -> Iterator[None]:
+    """Turns a failure of the file system into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "the disk is full; free some space and run the same command again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "it cannot be written; choose another --workdir"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            advice = "a file is in the way of a folder, or a folder of a file; choose another name"
+        else:
+            raise
+        raise UserError(
+            f"cannot write {os.fspath(path)!r} ({os.strerror(error.errno)}): {advice}; what is "
+            "finished is kept"
+        ) from error
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Writes a file beside its name and renames it: it exists only when it is finished.
+
+    Raises:
+      UserError: the disk is full, or the folder cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping) -> None:
+    """Writes arrays and JSON-ready metadata; equal content gives equal bytes.
+
+    All metadata go under one key as JSON with sorted keys: safetensors would write
+    several keys in random order. They include a sha256 of the arrays.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    text = json.dumps({**metadata, "sha256": digest(arrays)}, sort_keys=True)
+    write(path, safetensors.numpy.save(arrays, {METADATA_KEY: text}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns what `write_tensors` wrote.
+
+    Raises:
+      UserError: the file is absent, truncated, altered or not one of ours.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"there is no file {os.fspath(path)!r}") from None
+    except IsADirectoryError:
+        raise UserError(f"{os.fspath(path)!r} is a folder, not a ticket file") from None
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{os.fspath(path)!r} is not a ticket of lth_tf, or truncated ({error}); delete it and "
+            "run the same command again to make it anew"
+        ) from error
+    if metadata.get("sha256") != digest(arrays):
+        raise UserError(
+            f"{os.fspath(path)!r} was altered: its checksum does not fit its content; delete it "
+            "and run the same command again to make it anew"
+        )
+    return arrays, metadata
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the sha256 of names, types, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        total.update(array.data if array.size else b"")
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process; the kernel lets go of it however the process ends.
+
+    Raises:
+      UserError: another process holds it, or the folder cannot be written.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")  # noqa: SIM115
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is working in {os.fspath(folder)!r}; wait for it to end or "
+                "choose another --workdir"
+            ) from None
+        yield

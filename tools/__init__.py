@@ -1,0 +1,1 @@
+"""Command-line tools; run them as console commands or with `python -m lth_tf.tools.NAME`."""
