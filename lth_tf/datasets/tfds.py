@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from lth_tf.datasets import cache
 from lth_tf.errors import UserError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+INFO = "dataset_info.json"  # tfds writes it last: a version folder that has it is finished
 
 
 def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
@@ -44,7 +46,7 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
         if version is None:
             raise RuntimeError(f"tensorflow-datasets prepared {name!r}, but not in {folder}")
     source = folder / name / version
-    # The path alone would go stale when other data are put there; the info file has their sizes.
+    # By the path alone, other data put there would go unnoticed; the info file has their sizes.
     key = hashlib.sha256(os.fsencode(source.resolve()) + (source / INFO).read_bytes()).hexdigest()
     path = cache.folder() / f"{name}-{version}-{key[:16]}.npz"
     found = cache.read(path, ARRAYS)
@@ -52,9 +54,6 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
         found = decode(source)
         cache.write(path, found)
     return found
-
-
-INFO = "dataset_info.json"  # Written last, so its folder is finished.
 
 
 def resolve(data_dir: str | None) -> pathlib.Path:
@@ -82,6 +81,14 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
 
     import tensorflow_datasets as tfds  # isort: skip
 
+    @tfds.decode.make_decoder()
+    def accurate(encoded, feature):
+        # tfds' own decoder takes libjpeg's fast transform, which darkens red and blue of a
+        # CIFAR-10 kept as JPEG by 0.005. For PNG, which this op reads too, there is no difference.
+        return tf.io.decode_jpeg(
+            encoded, channels=feature.shape[-1], dct_method="INTEGER_ACCURATE"
+        )
+
     found = {}
     try:
         builder = tfds.builder_from_directory(source)
@@ -94,6 +101,7 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
                     shuffle_files=False,
                     as_supervised=True,
                     read_config=in_order,
+                    decoders={"image": accurate()},
                 )
             found[f"{split}_images"] = images.numpy()
             found[f"{split}_labels"] = labels.numpy().astype(np.int32)
@@ -125,8 +133,10 @@ def download(name: str, folder: pathlib.Path) -> None:
             requests.head(url, timeout=10)
         builder.download_and_prepare()
     except Exception as error:
+        asked = getattr(error, "request", None)  # of requests' errors, whose text is a maze
+        why = f"no answer from {urlsplit(asked.url).hostname}" if asked else _brief(error)
         raise UserError(
-            f"data set {name!r} is not in {folder} and downloading it failed ({_brief(error)}); "
+            f"data set {name!r} is not in {folder} and downloading it failed ({why}); "
             f"point --data_dir or TFDS_DATA_DIR to a folder that has {name}/<version> as "
             f"tensorflow-datasets prepares it, or run where there is a network, or use "
             f"--dataset=digits, which ships inside the package"
