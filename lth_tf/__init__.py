@@ -1,1 +1,34 @@
 """Find, verify and ship sparse trainable networks ("tickets") with TensorFlow and Keras."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+# In time for whoever imports TensorFlow after this: tfmot works with tf_keras only.
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+_HOMES = {
+    "DATASETS": "datasets",
+    "MODELS": "models",
+    "SCOPES": "scopes",
+    "Rewind": "callbacks",
+    "Spec": "spec",
+    "Ticket": "tickets",
+    "UserError": "errors",
+    "get_mask": "pruning",
+    "imp": "experiment",
+    "load_ticket": "tickets",
+    "prune": "pruning",
+    "set_mask": "pruning",
+    "strip": "pruning",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: TensorFlow takes seconds to load."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lth_tf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lth_tf.{_HOMES[name]}"), name)

@@ -6,17 +6,50 @@ Keras 3 and tfmot refuses every model with a misleading message.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
-import tensorflow_model_optimization as tfmot  # noqa: E402, I001
-import tensorflow as tf  # noqa: E402
-import tf_keras as keras  # noqa: E402
-from tensorflow_model_optimization.python.core.sparsity.keras import (  # noqa: E402
-    pruning_wrapper,
-)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what TensorFlow's C++ logs to stderr, which no level keeps it from doing.
+
+    Someone who has set TF_CPP_MIN_LOG_LEVEL gets everything.
+    """
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if line and not re.match(r"[IWE]\d{4} |WARNING: All log messages before", line):
+                    print(line, file=sys.stderr)
+
+
+with _quiet():
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    import tensorflow_model_optimization as tfmot  # isort: skip
+    import tensorflow as tf  # isort: skip
+    import tf_keras as keras  # isort: skip
+    from tensorflow_model_optimization.python.core.sparsity.keras import (  # isort: skip
+        pruning_wrapper,
+    )
+
+    tf.config.list_physical_devices()  # looks for GPUs, and complains where there are none
 
 PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lth_tf.branches import BRANCHES
 from lth_tf.datasets import DATASETS
@@ -150,14 +150,25 @@ def expand(argv: list[str]) -> list[str]:
     return out
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Runs a tool: parses flags, calls main, and ends with one sentence where a user erred."""
+def run(main: Callable[..., Any], commands: tuple[str, ...] = ()) -> None:
+    """Runs a tool: parses flags, calls main, and ends with one sentence where a user erred.
+
+    Args:
+      main: called with nothing, or with the command where there are any; returns the
+        exit code or None.
+      commands: words of which the first one that is not a flag must be.
+    """
 
     def guarded(argv: list[str]) -> int:
-        if len(argv) > 1:
-            raise UserError(f"unexpected {argv[1]!r}: everything is a flag (--name=value)")
-        return main() or 0
+        words = argv[1:]
+        if commands and (not words or words[0] not in commands):
+            given = f"unknown command {words[0]!r}" if words else "no command given"
+            raise UserError(f"{given}; there are: {', '.join(commands)}")
+        if len(words) > bool(commands):
+            raise UserError(f"unexpected {words[-1]!r}: everything is a flag (--name=value)")
+        return main(*words) or 0
 
+    logging.set_verbosity(logging.WARNING)
     try:
         app.run(guarded, argv=expand(sys.argv))
     except (UserError, InvariantError) as error:

@@ -53,78 +53,92 @@ class MaskedLayer(PruneLowMagnitude):
         kwargs.setdefault("dtype", layer._dtype_policy)
         # tfmot's own __init__ would refuse layers that it does not know.
         super(PruneLowMagnitude, self).__init__(layer, **kwargs)
+        # To Keras this layer must look like the one inside: it is called in the same ways.
+        self._call_spec = layer._call_spec
+        self._autocast = layer._autocast
         self._activity_regularizer = getattr(layer, "_activity_regularizer", None)
+        self.supports_masking = layer.supports_masking
+        self.stateful = layer.stateful
         # Past Keras' tracking: the kernels belong to the layer and are saved with it.
         self.__dict__["pruning_vars"] = []
         self.__dict__["_hosts"] = []
+        self.__dict__["_complete"] = False
         if not hasattr(self, "_batch_input_shape") and hasattr(layer, "_batch_input_shape"):
             self._batch_input_shape = layer._batch_input_shape
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the layer where that is still to be done, and the mask variables."""
         super(PruneLowMagnitude, self).build(input_shape)
-        self.pruning_step = self.add_weight(
-            f"{self.layer.name}_pruning_step",
-            [],
-            initializer=keras.initializers.Constant(-1),
-            dtype=tf.int64,
-            trainable=False,
-        )
+        self.pruning_step = self._variable("pruning_step", [], -1, dtype=tf.int64)
         self._add_masks()
 
+    def _variable(self, name: str, shape: Any, value: float, **options: Any) -> Any:
+        # h5 wants names that are unique in a model, checkpoints want them without counters.
+        with tf.name_scope(self.name):
+            return self.add_weight(
+                name,
+                shape,
+                initializer=keras.initializers.Constant(value),
+                trainable=False,
+                aggregation=tf.VariableAggregation.MEAN,
+                experimental_autocast=False,
+                **options,
+            )
+
     def _add_masks(self) -> None:
-        for owner in self.layer._flatten_layers():
-            for attribute, kernel in _own_kernels(owner):
-                # h5 wants names that are unique in a nested model.
-                suffix = f"_{len(self._hosts)}" if self._hosts else ""
-                options: dict[str, Any] = {
-                    "dtype": getattr(kernel, "true_dtype", kernel.dtype),
-                    "trainable": False,
-                    "aggregation": tf.VariableAggregation.MEAN,
-                    "experimental_autocast": False,
-                }
-                mask = self.add_weight(
-                    f"{self.layer.name}_mask{suffix}", kernel.shape, initializer="ones", **options
-                )
-                threshold = self.add_weight(
-                    f"{self.layer.name}_threshold{suffix}", [], initializer="zeros", **options
-                )
-                self.pruning_vars.append((kernel, mask, threshold))
-                self._hosts.append((owner, attribute, kernel, mask))
-        _mask_regularizers(self._hosts)
+        masks = {id(kernel): mask for kernel, mask, _ in self.pruning_vars}
+        for owner, attribute, kernel in _hosts(self.layer)[len(self._hosts):]:
+            if id(kernel) not in masks:
+                suffix = f"_{len(masks)}" if masks else ""
+                dtype = getattr(kernel, "true_dtype", kernel.dtype)
+                masks[id(kernel)] = self._variable(f"mask{suffix}", kernel.shape, 1, dtype=dtype)
+                threshold = self._variable(f"threshold{suffix}", [], 0, dtype=dtype)
+                self.pruning_vars.append((kernel, masks[id(kernel)], threshold))
+            self._hosts.append((owner, attribute, kernel, masks[id(kernel)]))
 
     @contextlib.contextmanager
     def _masked(self) -> Iterator[None]:
-        """Within, the owners' kernels are mask x kernel, in their compute dtype."""
+        """Within, the owners' kernels are mask x kernel, in the dtype they compute in."""
+        masked = []
         try:
             for owner, attribute, kernel, mask in self._hosts:
+                value = _select(mask, kernel)
+                if hasattr(kernel, "true_dtype"):
+                    value = tf.cast(value, owner.compute_dtype)
                 # Past Keras' __setattr__, which would untrack the variable.
-                owner.__dict__[attribute] = tf.cast(_select(mask, kernel), owner.compute_dtype)
+                owner.__dict__[attribute] = value
+                masked.append((owner, attribute, value))
             yield
+            if any(owner.__dict__[attribute] is not value for owner, attribute, value in masked):
+                raise UserError(
+                    f"layer {self.layer.name!r} exchanges values with other replicas in the middle "
+                    "of its call (synchronized BatchNormalization?), which mixes up the replicas' "
+                    "masked kernels; make it a keras.Model, so that its layers are masked one by one"
+                )
         finally:
-            # The variable itself and not what was found: under MirroredStrategy
-            # another replica's thread may have entered in between.
             for owner, attribute, kernel, _ in self._hosts:
                 owner.__dict__[attribute] = kernel
 
-    def call(self, inputs: Any, *args: Any, training=None, mask=None, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer on masked kernels."""
-        names = self.layer._call_spec.arg_names
-        if "training" in names or self.layer._call_spec.full_argspec.varkw:
-            kwargs["training"] = training
-        if mask is not None and "mask" in names:
-            kwargs["mask"] = mask
-        if not self._hosts:
-            # Some layers (MultiHeadAttention) create their kernels in their first call.
-            self.layer.call(inputs, *args, **kwargs)
-            with tf.init_scope():
-                self._add_masks()
+        if not self._complete:
+            if len(list(self.layer._flatten_layers())) > 1 or not self._hosts:
+                # Sublayers (those of MultiHeadAttention) may create kernels in their first call.
+                self.layer.call(*args, **kwargs)
+                with tf.init_scope():
+                    self._add_masks()
+            self.__dict__["_complete"] = True
+        _mask_regularizers(self._hosts)
         with self._masked():
-            return self.layer.call(inputs, *args, **kwargs)
+            return self.layer.call(*args, **kwargs)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """Delegates Keras' sequence masking, which has nothing to do with pruning."""
         return self.layer.compute_mask(inputs, mask)
+
+    def reset_states(self) -> None:
+        """Delegates to a stateful recurrent layer."""
+        self.layer.reset_states()
 
     @property
     def pruning_obj(self) -> Any:
@@ -154,20 +168,38 @@ def _select(mask: Any, kernel: Any) -> Any:
     return tf.where(mask != 0, value, tf.zeros([], value.dtype))
 
 
-def _own_kernels(layer: Any) -> list[tuple[str, Any]]:
-    """(attribute, variable) of the kernels that a layer holds itself, sublayers aside."""
-    chosen = []
-    if hasattr(layer, "get_prunable_weights") and not isinstance(layer, MaskedLayer):
-        chosen = layer.get_prunable_weights()
-    return [
-        (attribute, value)
-        for attribute, value in vars(layer).items()
+def _hosts(layer: Any) -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, variable) of all kernels that a layer and its sublayers hold.
+
+    Not those that a model holds itself: models are not wrapped, their layers are.
+    """
+    owners = [
+        x for x in layer._flatten_layers() if not isinstance(x, (keras.Model, MaskedLayer))
+    ]
+    choosy = [x for x in owners if hasattr(x, "get_prunable_weights")]
+    named = {id(v): (x, v) for x in choosy for v in x.get_prunable_weights()}
+    found = [
+        (owner, attribute, value)
+        for owner in owners
+        for attribute, value in vars(owner).items()
         if isinstance(value, tf.Variable)
         and (
-            any(value is c for c in chosen)
-            or (attribute.endswith("kernel") and value.shape.rank and value.shape.rank >= 2)
+            id(value) in named
+            or (
+                not any(owner is x for x in choosy)
+                and attribute.endswith("kernel")
+                and value.trainable
+                and len(value.shape) >= 2
+            )
         )
     ]
+    for owner, variable in named.values():
+        if not any(variable is v for _, _, v in found):
+            raise UserError(
+                f"layer {owner.name!r} names {variable.name} in get_prunable_weights(), but no "
+                "layer has it as an attribute (self.w = self.add_weight(...)), as pruning needs"
+            )
+    return found
 
 
 def _mask_regularizers(hosts: list[tuple]) -> None:
@@ -179,7 +211,12 @@ def _mask_regularizers(hosts: list[tuple]) -> None:
     for owner, _, kernel, mask in hosts:
         for i, loss in enumerate(owner._callable_losses):
             inner = loss.args[0] if isinstance(loss, functools.partial) and loss.args else None
-            if isinstance(inner, functools.partial) and inner.args and inner.args[0] is kernel:
+            if (
+                isinstance(inner, functools.partial)
+                and inner.args
+                and inner.args[0] is kernel
+                and loss.func is not _masked_loss
+            ):
                 masked = functools.partial(_masked_loss, inner, mask, kernel)
                 masked.plain = loss  # type: ignore[attr-defined]
                 owner._callable_losses[i] = masked
@@ -197,51 +234,65 @@ def _masked_loss(inner: functools.partial, mask: Any, kernel: Any) -> Any:
 class _Weight(NamedTuple):
     name: str
     variable: Any
-    mask: Any  # the mask variable, or None
+    masks: list[Any]  # the mask variables: none, or one for each MaskedLayer it is used in
     kernel: bool
     owner: Any
 
 
-def _children(layer: Any) -> list[Any]:
-    return list(layer._flatten_layers(recursive=False, include_self=False))
-
-
-def _walk(layer: Any, path: str, masks: dict[int, Any], seen: set[int]) -> Iterator[_Weight]:
-    """Yields a layer's own weights, then those of its children, each under a unique path."""
-    if isinstance(layer, MaskedLayer):
-        masks |= {id(kernel): mask for _, _, kernel, mask in layer._hosts}
-        yield from _walk(layer.layer, path, masks, seen)
-        return
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    own = {id(kernel) for _, kernel in _own_kernels(layer)}
-    used: Counter[str] = Counter()
-    for variable in [*layer._trainable_weights, *layer._non_trainable_weights]:
-        short = variable.name.split("/")[-1].split(":")[0]
-        used[short] += 1
-        name = short if used[short] == 1 else f"{short}_{used[short] - 1}"
-        yield _Weight(
-            f"{path}/{name}" if path else name,
-            variable,
-            masks.get(id(variable)),
-            id(variable) in own and path != "",
-            layer,
-        )
-    used.clear()
-    for child in _children(layer):
-        inner = child.layer if isinstance(child, MaskedLayer) else child
-        # 'dense_3' counts the layers of the process: number those by their place.
-        automatic = re.sub(r"(?<!^)(?=[A-Z][a-z])|(?<=[a-z0-9])(?=[A-Z])", "_",
-                           type(inner).__name__).lower()
-        base = automatic if re.fullmatch(rf"{automatic}(_\d+)?", inner.name) else inner.name
-        name = base if used[base] == 0 else f"{base}_{used[base]}"
-        used[base] += 1
-        yield from _walk(child, f"{path}/{name}" if path else name, masks, seen)
-
-
 def _weights(model: Any) -> list[_Weight]:
-    return list(_walk(model, "", {}, set()))
+    """A model's own weights, then those of its children, each under a unique path."""
+    masks: dict[int, list] = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, MaskedLayer):
+            for kernel, mask, _ in layer.pruning_vars:
+                masks.setdefault(id(kernel), []).append(mask)
+    prunable = {id(kernel) for _, _, kernel in _hosts(model)}
+    found: list[_Weight] = []
+    seen: set[int] = set()
+    taken: set[str] = set()
+
+    def unique(path: str) -> str:
+        name, n = path, 0
+        while name in taken:
+            n += 1
+            name = f"{path}_{n}"
+        taken.add(name)
+        return name
+
+    def walk(layer: Any, path: str) -> None:
+        seen.add(id(layer))
+        for variable in [*layer._trainable_weights, *layer._non_trainable_weights]:
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                name = unique(path + variable.name.split("/")[-1].split(":")[0])
+                found.append(
+                    _Weight(
+                        name,
+                        variable,
+                        masks.get(id(variable), []),
+                        id(variable) in prunable,
+                        layer,
+                    )
+                )
+        for child in layer._flatten_layers(recursive=False, include_self=False):
+            child = child.layer if isinstance(child, MaskedLayer) else child
+            if id(child) not in seen:
+                walk(child, unique(path + _segment(child)) + "/")
+
+    walk(model.layer if isinstance(model, MaskedLayer) else model, "")
+    return found
+
+
+def _segment(layer: Any) -> str:
+    """A layer's name, without the number if Keras made it up.
+
+    'dense_3' counts the layers of the process; here they are numbered by their place.
+    """
+    kind = "Model" if type(layer).__name__ == "Functional" else type(layer).__name__
+    snake = re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)).lower()
+    snake = f"private{snake}" if snake.startswith("_") else snake
+    automatic = re.fullmatch(rf"((?:forward_|backward_)?{snake})(_\d+)?", layer.name)
+    return automatic[1] if automatic else layer.name
 
 
 def weights(model: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lth_tf.errors import UserError
 
@@ -78,6 +78,10 @@ class Registry(Mapping[str, T], Generic[T]):
         except UserError:
             return False
         return True
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns the entry, or `default` where there is none."""
+        return self[name] if name in self else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

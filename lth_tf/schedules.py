@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import scipy.optimize
 
 from lth_tf.errors import UserError
 from lth_tf.registry import Registry
@@ -59,14 +60,12 @@ def level_densities(
                 f"target_density {target_density} cannot be reached: it must be below 1 and above "
                 f"{floor:.4g}, the share of the kernels whose prune fraction is 0"
             )
-        # `whole` falls strictly, so bisection finds the level to the last bit.
-        low, high = 0.0, 1.0
+        high = 1.0
         while whole(high) > target_density:
             high *= 2
-        for _ in range(200):
-            middle = (low + high) / 2
-            low, high = (middle, high) if whole(middle) > target_density else (low, middle)
-        last = round(high) if abs(high - round(high)) < 1e-9 else high
+        last = scipy.optimize.brentq(lambda x: whole(x) - target_density, 0.0, high, xtol=1e-13)
+        if abs(last - round(last)) < 1e-9:  # 0.8 ** 3 is not quite 0.512
+            last = float(round(last))
     if one_shot:
         steps = [0.0, last] if last else [0.0]
     else:

@@ -1,10 +1,10 @@
 """Scopes turn scores into masks: which weights compete with each other, and for how many places.
 
 A scope is a function (scores, density, within) -> mask that keeps exactly
-k = round(density * N) weights. `density` is one number for all kernels or a dict
-kernel name -> number, where 1.0 protects a kernel. With `within` only weights that
-this mask keeps compete, so the new mask is nested in it; densities are always
-fractions of the whole kernels, not of what `within` keeps.
+k = round(density * n) of the n weights that compete. `density` is one number for all
+kernels or a dict kernel name -> number, where 1.0 protects a kernel. With `within` only
+weights that this mask keeps can be kept, so the new mask is nested in it; densities are
+always fractions of whole kernels, not of what `within` keeps.
 
 Equal scores are broken by position, the earlier entry (in kernel order, row-major)
 wins, so that k holds exactly whatever the scores are.
@@ -12,6 +12,7 @@ wins, so that k holds exactly whatever the scores are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -117,7 +118,7 @@ def global_(scores: Scores, density: Density, within: Mask | None = None) -> Mas
       within: only weights kept by this mask compete.
 
     Returns:
-      Kernel name -> uint8 array; exactly round(density * N) ones.
+      Kernel name -> uint8 array; exactly round(density * N) ones of all N weights.
 
     Raises:
       UserError: a density out of range, scores that cannot be ranked, more weights
@@ -127,18 +128,22 @@ def global_(scores: Scores, density: Density, within: Mask | None = None) -> Mas
     {'a': array([0, 1], dtype=uint8), 'b': array([0, 1, 1, 0], dtype=uint8)}
     """
     each = _per_kernel(scores, density)
+    if within is None:
+        within = {name: np.ones(np.shape(s), np.uint8) for name, s in scores.items()}
     free = [name for name in scores if each[name] < 1]
-    mask = {name: np.ones(np.shape(scores[name]), np.uint8) for name in scores}
-    if within is not None:
-        mask = {name: (within[name] != 0).astype(np.uint8) for name in scores}
+    mask = {n: top_k(s, np.size(s), within[n]) for n, s in scores.items() if n not in free}
     if free:
         flat = np.concatenate([np.reshape(scores[name], -1) for name in free])
-        eligible = np.concatenate([mask[name].reshape(-1) for name in free])
-        sizes = [mask[name].size for name in free]
-        k = int(np.floor(sum(each[n] * s for n, s in zip(free, sizes, strict=True)) + 0.5))
+        eligible = np.concatenate([np.reshape(within[name], -1) for name in free])
+        sizes = [np.size(scores[name]) for name in free]
+        # By density, since 0.35 * 1 + 0.35 * 3 + 0.35 * 6 is below 0.35 * 10 and rounds otherwise.
+        together: Counter[float] = Counter()
+        for name, n in zip(free, sizes, strict=True):
+            together[each[name]] += n
+        k = int(np.floor(sum(d * n for d, n in together.items()) + 0.5))
         chosen = np.split(top_k(flat, k, eligible), np.cumsum(sizes)[:-1])
-        mask |= {n: c.reshape(mask[n].shape) for n, c in zip(free, chosen, strict=True)}
-    return _checked(mask)
+        mask |= {n: c.reshape(np.shape(scores[n])) for n, c in zip(free, chosen, strict=True)}
+    return _checked({name: mask[name] for name in scores})
 
 
 @SCOPES.register("layerwise")

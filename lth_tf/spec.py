@@ -16,7 +16,7 @@ def _field(default: Any, help: str, **metadata: Any) -> Any:
     """A field whose metadata are what a flag needs.
 
     `registry` names the registry whose keys are the choices, `choices` lists them;
-    `low` and `high` bound a number (`low` included, `high` excluded unless `closed`);
+    `low` and `high` bound a number (`low` included unless `open`, `high` excluded);
     `grows` marks what can be raised later without making another experiment of it.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -121,7 +121,9 @@ class Spec:
 
     seed: int = _field(0, "Replicate r uses seed + r for weights and data order.", low=0)
     replicates: int = _field(1, "Independent repetitions.", low=1, grows=True)
-    controls: tuple[str, ...] = _field((), "Branches run off the tickets.", registry="branches")
+    controls: tuple[str, ...] = _field(
+        (), "Branches run off the tickets.", registry="branches", grows=True
+    )
     control_levels: tuple[int, ...] = _field(
         (), "Levels at which the controls run (default: every level from 1 on).", grows=True
     )
@@ -131,7 +133,11 @@ class Spec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            _check(field, value)
+            if "float" in str(field.type) and value is not None:
+                # 1 == 1.0, but they are different JSON: digests and tickets would differ.
+                object.__setattr__(self, field.name, float(value))
         if self.rewind_step >= 1 and self.rewind_step != int(self.rewind_step):
             raise UserError(
                 f"rewind_step {self.rewind_step} is neither a whole step nor a fraction below 1"
@@ -207,13 +213,17 @@ class Spec:
         for name in values:
             if name not in names:
                 raise UserError(f"a spec has no field {name!r}.{nearest(name, names)}")
-        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide what a single training computes."""
         grows = {f.name for f in dataclasses.fields(self) if f.metadata.get("grows")}
-        if not self.one_shot and self.target_density is None:
-            grows.add("levels")  # more levels leave the first ones as they are
+        if not self.one_shot or self.target_density is not None:
+            grows.add("levels")  # more of them leave the first ones as they are; or a target rules
         return {name: value for name, value in self.as_dict().items() if name not in grows}
 
     def digest(self) -> str:

@@ -75,11 +75,16 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """Writes arrays and JSON-ready metadata; equal content gives equal bytes.
 
     All metadata go under one key as JSON with sorted keys: safetensors would write
-    several keys in random order. They include a sha256 of the arrays.
+    several keys in random order. They include a sha256 of the arrays and the rest.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    text = json.dumps({**metadata, "sha256": digest(arrays)}, sort_keys=True)
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    text = json.dumps({**metadata, "sha256": _checksum(arrays, metadata)}, sort_keys=True)
     write(path, safetensors.numpy.save(arrays, {METADATA_KEY: text}))
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping) -> str:
+    text = json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256(f"{digest(arrays)} {text}".encode()).hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -94,14 +99,16 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"there is no file {os.fspath(path)!r}") from None
-    except IsADirectoryError:
-        raise UserError(f"{os.fspath(path)!r} is a folder, not a ticket file") from None
+    except OSError as error:
+        # Of a folder safetensors says "No such device".
+        what = "is a folder, not a file" if path.is_dir() else f"cannot be read ({error})"
+        raise UserError(f"{os.fspath(path)!r} {what}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{os.fspath(path)!r} is not a ticket of lth_tf, or truncated ({error}); delete it and "
             "run the same command again to make it anew"
         ) from error
-    if metadata.get("sha256") != digest(arrays):
+    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
         raise UserError(
             f"{os.fspath(path)!r} was altered: its checksum does not fit its content; delete it "
             "and run the same command again to make it anew"
@@ -113,7 +120,7 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Returns the sha256 of names, types, shapes and bytes, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         total.update(f"{name} {array.dtype.str} {array.shape} ".encode())
         total.update(array.data if array.size else b"")
     return total.hexdigest()

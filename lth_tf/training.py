@@ -66,7 +66,7 @@ class Table(keras.optimizers.schedules.LearningRateSchedule):
       values: the rate of each step, float[steps].
     """
 
-    def __init__(self, values: Sequence[float]):
+    def __init__(self, values: Any):
         self.values = np.asarray(values, np.float64)
 
     def __call__(self, step: Any) -> Any:
@@ -128,7 +128,9 @@ def strategy_of(spec: Spec) -> Any:
             f"batch_size {spec.batch_size} cannot be divided among {len(used)} devices; give a "
             f"multiple of {len(used)}"
         )
-    return tf.distribute.MirroredStrategy(used)
+    # On CPUs the collective ops of two strategies in one process get in each other's way.
+    reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
+    return tf.distribute.MirroredStrategy(used, cross_device_ops=reduction)
 
 
 def initial_weights(
@@ -272,8 +274,8 @@ class Trainer:
         self,
         weights: Weights,
         mask: Mask,
-        start: int = 0,
-        stop: int | None = None,
+        start: int,
+        stop: int,
         *,
         seed: int = 0,
         capture: int | None = None,
@@ -288,7 +290,7 @@ class Trainer:
         Args:
           weights: path -> array, all weights of the model.
           mask: kernel name -> 0/1 array.
-          start, stop: steps, of which `stop` is not done (default: train_steps).
+          start, stop: the first step of the schedule and the one after the last.
           seed: of the order of examples.
           capture: a step whose weights to return as well.
           callbacks: Keras callbacks. `on_train_batch_end` fires after each block of
@@ -303,35 +305,25 @@ class Trainer:
           InvariantError: a pruned weight is not zero afterwards.
         """
         spec, began = self.spec, time.perf_counter()
-        stop = spec.train_steps if stop is None else stop
         rewind = Rewind(weights, mask, step=start, capture=capture)
         hooks = keras.callbacks.CallbackList([rewind, *callbacks], model=self.model)
         self.model.stop_training = False
         hooks.on_train_begin()
-        buffer = np.zeros((min(CHUNK, spec.eval_every), spec.batch_size), np.int32)
         rows: list[dict[str, Any]] = []
         step, since, total = start, start, 0.0
         self._row(rows, step, None, hooks, began, last=stop == start)
         while step < stop and not self.model.stop_training:
             if step == since:
                 hooks.on_epoch_begin(len(rows) - 1)
-            end = min(
-                b for b in (step + len(buffer), (step // spec.eval_every + 1) * spec.eval_every,
-                            stop, capture if (capture or 0) > step else stop) if b > step
-            )  # fmt: skip
+            evaluation = (step // spec.eval_every + 1) * spec.eval_every
+            end = min(step + CHUNK, evaluation, stop)
+            if capture is not None and step < capture:
+                end = min(end, capture)
             hooks.on_train_batch_begin(step)
-            buffer[: end - step] = feeds.batch_indices(
-                seed, step, end - step, self.examples, spec.batch_size
-            )
-            loss, bad = self._chunk(*self.parts["train"], tf.constant(buffer), end - step)
-            if int(bad) >= 0:
-                raise DivergedError(
-                    f"the training loss is not finite at step {step + int(bad)}; lower "
-                    f"--learning_rate (now {spec.learning_rate:g}) or use --warmup_steps"
-                )
-            total += float(loss) * (end - step)
+            loss = self.advance(step, end, seed)
+            total += loss * (end - step)
             step = end
-            hooks.on_train_batch_end(step - 1, {"loss": float(loss), "step": step})
+            hooks.on_train_batch_end(step - 1, {"loss": loss, "step": step})
             last = step == stop or bool(self.model.stop_training)
             if step % spec.eval_every == 0 or last:
                 self._row(rows, step, total / (step - since), hooks, began, last)
@@ -340,6 +332,25 @@ class Trainer:
         hooks.on_train_end()
         values = {name: v.numpy() for name, v in pruning.weights(self.model).items()}
         return Trained(values, rows, rewind.captured)
+
+    def advance(self, step: int, end: int, seed: int) -> float:
+        """Does the steps step .. end - 1, at most CHUNK, in one call; returns their mean loss.
+
+        Raises:
+          DivergedError: a loss is NaN or infinite; names the step.
+        """
+        # One shape for all blocks, or XLA compiles again.
+        buffer = np.zeros((min(CHUNK, self.spec.eval_every), self.spec.batch_size), np.int32)
+        buffer[: end - step] = feeds.batch_indices(
+            seed, step, end - step, self.examples, self.spec.batch_size
+        )
+        loss, bad = self._chunk(*self.parts["train"], tf.constant(buffer), end - step)
+        if int(bad) >= 0:
+            raise DivergedError(
+                f"the training loss is not finite at step {step + int(bad)}; lower "
+                f"--learning_rate (now {self.spec.learning_rate:g}) or use --warmup_steps"
+            )
+        return float(loss)
 
     def _row(
         self, rows: list, step: int, loss: float | None, hooks: Any, began: float, last: bool
@@ -357,7 +368,7 @@ class Trainer:
             "validation_accuracy": validation_accuracy,
             "test_loss": None,
             "test_accuracy": None,
-            "learning_rate": float(self._current_rate()),
+            "learning_rate": self._current_rate(),
         }
         if last or all(validation_loss < r["validation_loss"] for r in rows):
             row["test_loss"], row["test_accuracy"] = self.evaluate("test")
@@ -366,9 +377,11 @@ class Trainer:
         if loss is not None:
             hooks.on_epoch_end(len(rows) - 2, dict(row))
 
-    def _current_rate(self) -> Any:
-        rate = pruning.inner_optimizer(self.optimizer).learning_rate
-        return rate if not callable(rate) else rate(self.optimizer.iterations)
+    def _current_rate(self) -> float:
+        optimizer = pruning.inner_optimizer(self.optimizer)
+        rate = optimizer._learning_rate  # the property would hide the schedule
+        value = rate(optimizer.iterations) if callable(rate) else rate
+        return float(keras.backend.get_value(value))
 
 
 def _rate(spec: Spec) -> Any:

@@ -84,7 +84,9 @@ def read_csv(path: Path) -> list[Row]:
 
 def write_summary(workdir: Path, rows: Sequence[Row]) -> None:
     """Writes summary.csv and summary.json, sorted by replicate, level and arm."""
-    ordered = sorted(rows, key=lambda r: (r["replicate"], r["level"], r["arm"] != "ticket"))
+    ordered = sorted(
+        rows, key=lambda r: (r["replicate"], r["level"], r["arm"] != "ticket", r["arm"])
+    )
     write_csv(workdir / "summary.csv", COLUMNS, ordered)
     storage.write(workdir / "summary.json", json.dumps(ordered, indent=1) + "\n")
 

@@ -69,15 +69,20 @@ def wins_early(dense: Any, ticket: Any, reinit: Any) -> Any:
     arrays over replicates.
     """
     return (
-        (ticket[1] >= dense[1] - MARGIN)
+        (_lead(ticket[1], dense[1]) >= -MARGIN)
         & (ticket[0] <= dense[0])
-        & (reinit[1] < ticket[1] - MARGIN)
+        & (_lead(ticket[1], reinit[1]) > MARGIN)
     )
 
 
 def wins_end(dense: Any, ticket: Any, reinit: Any) -> Any:
     """At the end: ticket at least dense - 0.5 pp, reinit below dense - 0.5 pp."""
-    return (ticket[2] >= dense[2] - MARGIN) & (reinit[2] < dense[2] - MARGIN)
+    return (_lead(ticket[2], dense[2]) >= -MARGIN) & (_lead(dense[2], reinit[2]) > MARGIN)
+
+
+def _lead(a: Any, b: Any) -> Any:
+    """a - b, rounded: in binary 0.98 - 0.975 and its like are not quite the margin."""
+    return np.round(a - b, 9)
 
 
 def winning(rows: Sequence[dict[str, Any]]) -> Winning:

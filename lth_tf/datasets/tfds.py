@@ -6,20 +6,24 @@ prepared version by listing the folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import numpy as np
+from absl import logging
 
 from lth_tf.datasets import cache
 from lth_tf.errors import UserError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 INFO = "dataset_info.json"  # tfds writes it last: a version folder that has it is finished
+DECODING = b"1"  # part of the cache's key: change it whenever decode() gives other arrays
 
 
 def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
@@ -47,8 +51,8 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
             raise RuntimeError(f"tensorflow-datasets prepared {name!r}, but not in {folder}")
     source = folder / name / version
     # By the path alone, other data put there would go unnoticed; the info file has their sizes.
-    key = hashlib.sha256(os.fsencode(source.resolve()) + (source / INFO).read_bytes()).hexdigest()
-    path = cache.folder() / f"{name}-{version}-{key[:16]}.npz"
+    about = DECODING + os.fsencode(source.resolve()) + (source / INFO).read_bytes()
+    path = cache.folder() / f"{name}-{version}-{hashlib.sha256(about).hexdigest()[:16]}.npz"
     found = cache.read(path, ARRAYS)
     if found is None:
         found = decode(source)
@@ -71,6 +75,18 @@ def prepared(folder: pathlib.Path) -> str | None:
     return max(versions, key=lambda v: [int(n) for n in v.split(".")], default=None)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Only warnings of tfds get through, which under absl's app tells of every step it takes."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@_quiet()
 def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns ARRAYS from a folder of prepared records, without network and in their order.
 
@@ -85,14 +101,13 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
     def accurate(encoded, feature):
         # tfds' own decoder takes libjpeg's fast transform, which darkens red and blue of a
         # CIFAR-10 kept as JPEG by 0.005. For PNG, which this op reads too, there is no difference.
-        return tf.io.decode_jpeg(
-            encoded, channels=feature.shape[-1], dct_method="INTEGER_ACCURATE"
-        )
+        return tf.io.decode_jpeg(encoded, channels=feature.shape[-1], dct_method="INTEGER_ACCURATE")
 
     found = {}
     try:
         builder = tfds.builder_from_directory(source)
-        in_order = tfds.ReadConfig(interleave_cycle_length=1)
+        # 8 calls, since tf.data takes longer to tune their number than to read all.
+        in_order = tfds.ReadConfig(interleave_cycle_length=1, num_parallel_calls_for_decode=8)
         for split in ("train", "test"):
             with tf.device("cpu:0"):
                 images, labels = builder.as_dataset(
@@ -113,6 +128,7 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
     return found
 
 
+@_quiet()
 def download(name: str, folder: pathlib.Path) -> None:
     """Downloads and prepares a data set in `folder`.
 

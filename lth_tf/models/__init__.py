@@ -65,7 +65,7 @@ class StatelessDropout(keras.layers.Layer):
     noise too, which Keras' Dropout cannot do.
 
     Args:
-      rate: fraction of inputs set to 0, 0 to 1; the rest is scaled by 1 / (1 - rate).
+      rate: fraction of inputs set to 0, below 1; the rest is scaled by 1 / (1 - rate).
       seed: any integer.
     """
 

@@ -97,3 +97,19 @@ def sentence(found: Winning) -> str:
         "than the dense network and are as accurate there, re-initialised ones are not; at the "
         f"end of training they still match it, and re-initialised ones do not, down to {end}."
     )
+
+
+def bench_table(result: dict[str, Any]) -> Table:
+    """Returns a bench's result as a table."""
+    table = Table(title=f"{result['model']} on {result['dataset']}")
+    if "steps_per_second" not in result:
+        for name in ("seconds", "peak_memory_mb"):
+            table.add_column(name, justify="right")
+        table.add_row(f"{result['seconds']:.1f}", f"{result['peak_memory_mb']:,.0f}")
+        return table
+    for column in ("loop", "steps per second", "lth_tf is faster by"):
+        table.add_column(column, justify="left" if column == "loop" else "right")
+    for name, rate in result["steps_per_second"].items():
+        ratio = result.get(f"ratio_{name}")
+        table.add_row(name, f"{rate:,.0f}", f"{ratio:.2f}x" if ratio else "")
+    return table

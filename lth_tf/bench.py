@@ -1,0 +1,154 @@
+"""Measurements of speed and memory: contenders alternate in one process, medians are reported."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lth_tf import feeds, masks, pruning
+from lth_tf.compat import keras, tf, tfmot
+from lth_tf.datasets import Dataset
+from lth_tf.models import MODELS
+from lth_tf.scopes import SCOPES
+from lth_tf.scorers import SCORERS
+from lth_tf.spec import Spec
+from lth_tf.training import CHUNK, OPTIMIZERS, Trainer, initial_weights
+
+DENSITY = 0.2
+Contender = Callable[[], None]
+
+
+def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of each contender in each round; one unmeasured call comes first.
+
+    In a round each runs once, so that whatever else the machine does hits all alike.
+    """
+    for run in contenders.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def train(spec: Spec, dataset: Dataset, steps: int, rounds: int) -> dict[str, Any]:
+    """Compares training loops on the same model, data, batch size and optimizer.
+
+    lth_tf: this package's loop, a mask of density 0.2 in force. fit: `model.fit` of the
+    plain Keras model on normalised float32 NumPy arrays. fit_100: the same with
+    steps_per_execution=100, and jit_compile where it is not hopeless (CPU convolutions).
+    tfmot_fit: `prune_low_magnitude` at the same density under `fit`.
+
+    Args:
+      spec: model, optimizer, batch size, precision.
+      dataset: images and labels.
+      steps: how many each contender does per round.
+      rounds: how often.
+
+    Returns:
+      steps_per_second by name (medians), and ratio_NAME, the median over rounds of
+      lth_tf's speed over the other's.
+    """
+    trainer = Trainer(spec, dataset)
+    weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
+    scores = SCORERS["magnitude"](None, {name: weights[name] for name in kernels})
+    mask = SCOPES["layerwise"](scores, DENSITY)
+    trainer.train(masks.apply(mask, weights), mask, 0, 0)  # puts them in
+
+    images = feeds.scale(
+        dataset.train_images, spec.normalization, dataset.mean, dataset.std, tf.float32
+    ).numpy()
+    repeats = -(-steps * spec.batch_size // len(images))
+    x = np.concatenate([images] * repeats)[: steps * spec.batch_size]
+    y = np.concatenate([dataset.train_labels] * repeats)[: steps * spec.batch_size]
+
+    block = min(CHUNK, spec.eval_every)
+
+    def ours() -> None:
+        for step in range(0, steps, block):
+            trainer.advance(step, min(step + block, steps), spec.seed)
+
+    def plain() -> Any:
+        return MODELS[spec.model](trainer.input_shape, trainer.classes, spec.seed, init=spec.init)
+
+    def fit(model: Any, callbacks: tuple = (), **options: Any) -> Contender:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(OPTIMIZERS[spec.optimizer](spec.learning_rate, spec), loss, **options)
+        return lambda: model.fit(
+            x, y, batch_size=spec.batch_size, verbose=0, callbacks=list(callbacks)
+        )
+
+    compiled = "conv" not in pruning.kinds(trainer.model).values() or bool(
+        tf.config.list_logical_devices("GPU")
+    )
+    schedule = tfmot.sparsity.keras.ConstantSparsity(1 - DENSITY, 0, frequency=100)
+    wrapped = tfmot.sparsity.keras.prune_low_magnitude(plain(), pruning_schedule=schedule)
+    seconds = alternate(
+        {
+            "lth_tf": ours,
+            "fit": fit(plain()),
+            "fit_100": fit(plain(), steps_per_execution=100, jit_compile=compiled),
+            "tfmot_fit": fit(wrapped, (tfmot.sparsity.keras.UpdatePruningStep(),)),
+        },
+        rounds,
+    )
+    result: dict[str, Any] = {
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "batch_size": spec.batch_size,
+        "fit_100_jit_compile": compiled,
+        "steps_per_second": {
+            name: steps / statistics.median(values) for name, values in seconds.items()
+        },
+    }
+    for name in ("fit", "fit_100", "tfmot_fit"):
+        ratios = [b / a for a, b in zip(seconds["lth_tf"], seconds[name], strict=True)]
+        result[f"ratio_{name}"] = statistics.median(ratios)
+    return result
+
+
+def start(spec: Spec, data_dir: str | None, rounds: int) -> dict[str, Any]:
+    """Measures a whole lth-imp that trains 100 steps, in child processes.
+
+    Its seconds bound from above those from the start to the first training step.
+
+    Returns:
+      seconds (median, data already cached) and peak_memory_mb (largest).
+    """
+    command = [
+        sys.executable, "-m", "lth_tf.tools.imp", "--levels=0", "--train_steps=100",
+        f"--model={spec.model}", f"--dataset={spec.dataset}", f"--batch_size={spec.batch_size}",
+        f"--validation_size={spec.validation_size}",
+        *([f"--data_dir={data_dir}"] if data_dir else []),
+    ]  # fmt: skip
+    seconds, peaks = [], []
+    for i in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            child = subprocess.Popen(
+                [*command, f"--workdir={folder}"], stdout=subprocess.DEVNULL
+            )
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if child.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed")
+            if i:  # the first fills the caches
+                seconds.append(time.perf_counter() - began)
+                peaks.append(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    return {
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "seconds": statistics.median(seconds),
+        "peak_memory_mb": max(peaks),
+    }

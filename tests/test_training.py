@@ -1,0 +1,316 @@
+"""The loop against hand-written oracles, on one device and two."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lth_tf import datasets, feeds, masks, pruning, training
+from lth_tf.compat import keras, tf
+from lth_tf.errors import UserError
+from lth_tf.scopes import SCOPES
+from lth_tf.scorers import SCORERS
+from lth_tf.spec import Spec
+from lth_tf.training import Trainer, initial_weights
+
+DIGITS = datasets.load("digits")
+BASE = Spec(
+    dataset="digits",
+    model="lenet_20_10",
+    validation_size=100,
+    train_steps=60,
+    eval_every=20,
+    batch_size=30,
+)
+
+
+def spec(**changes):
+    return dataclasses.replace(BASE, **changes)
+
+
+def start(s, density=0.3, seed=0):
+    """mask x weights and mask, magnitude-pruned at initialisation."""
+    weights, kernels = initial_weights(s, (8, 8, 1), 10, seed)
+    scores = SCORERS["magnitude"](None, {n: weights[n] for n in kernels})
+    mask = SCOPES["layerwise"](scores, density)
+    return masks.apply(mask, weights), mask
+
+
+def run(s, stop=None, **options):
+    weights, mask = start(s)
+    return Trainer(s, DIGITS).train(weights, mask, 0, stop or s.train_steps, **options)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
+
+
+def eager(s, steps, update):
+    """The same training written out in NumPy and one GradientTape, float64, no tricks."""
+    weights, mask = start(s)
+    model = training.MODELS[s.model]((8, 8, 1), 10, 0, init=s.init)
+    x, y = feeds.split(DIGITS, s.validation_size, s.seed)["train"]
+    x = (x / 255.0 - np.array(DIGITS.mean)) / np.array(DIGITS.std)
+    state = {n: [np.zeros_like(w), np.zeros_like(w)] for n, w in weights.items()}
+    for step in range(steps):
+        pruning.assign(model, weights)
+        chosen = feeds.batch_indices(0, step, 1, len(y), s.batch_size)[0]
+        with tf.GradientTape() as tape:
+            losses = keras.losses.sparse_categorical_crossentropy(
+                y[chosen], model(x[chosen]), from_logits=True
+            )
+            loss = tf.reduce_mean(losses)
+        variables = pruning.weights(model)
+        gradients = tape.gradient(loss, variables)
+        for n, w in weights.items():
+            g = gradients[n].numpy() + s.weight_decay * w
+            if n in mask:
+                g = np.where(mask[n] != 0, g, 0.0)
+            weights[n] = w - update(s, step, g, state[n])
+    return weights
+
+
+def keras_float(x):
+    """Keras' optimizers round their constants to float32, in float64 too."""
+    return float(np.float32(x))
+
+
+def adam(s, step, g, state):
+    a, b = keras_float(0.9), keras_float(0.999)
+    state[0] += (g - state[0]) * keras_float(1 - 0.9)
+    state[1] += (g**2 - state[1]) * keras_float(1 - 0.999)
+    rate = s.learning_rate * np.sqrt(1 - b ** (step + 1)) / (1 - a ** (step + 1))
+    return rate * state[0] / (np.sqrt(state[1]) + 1e-7)
+
+
+def momentum(s, step, g, state):
+    state[0] = keras_float(s.momentum) * state[0] + s.learning_rate * g
+    return state[0]
+
+
+@pytest.mark.parametrize(
+    "name, update, changes",
+    [
+        # Rates are powers of 2, since Keras holds them in float32.
+        ("adam", adam, {"learning_rate": 2**-10}),
+        ("momentum", momentum, {"learning_rate": 2**-4, "weight_decay": 0.01}),
+        ("sgd", lambda s, t, g, st: s.learning_rate * g, {"learning_rate": 2**-3}),
+    ],
+)
+def test_loop_equals_a_training_written_out_by_hand(name, update, changes):
+    s = spec(optimizer=name, precision="float64", train_steps=25, **changes)
+    with training._policy("float64"):
+        oracle = eager(s, 25, update)
+    trained = run(s).weights
+    for n in oracle:
+        np.testing.assert_allclose(trained[n], oracle[n], rtol=1e-7, atol=1e-9)
+
+
+def test_same_bits_again_and_whatever_the_blocks_are():
+    s = spec()
+    weights, mask = start(s)
+    trainer = Trainer(s, DIGITS)
+    first = trainer.train(weights, mask, 0, 60)
+    other = start(s, seed=5)
+    trainer.train(*other, 0, 40, seed=3)  # leaves nothing behind
+    again = trainer.train(weights, mask, 0, 60)
+    assert same(first.weights, again.weights)
+    drop = [{k: v for k, v in row.items() if k != "seconds"} for row in first.rows]
+    assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in again.rows]
+    blocks = run(spec(eval_every=7))
+    assert same(first.weights, blocks.weights)
+
+
+def test_zeros_stay_and_kept_weights_move():
+    s = spec()
+    weights, mask = start(s)
+    trained = run(s).weights
+    for n, m in mask.items():
+        assert not trained[n][m == 0].any()
+        assert (trained[n] != weights[n])[m != 0].mean() > 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "momentum", "nesterov", "sgd"])
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("distribute", ["none", "mirrored"])
+def test_zeros_hold_at_every_step(optimizer, precision, distribute):
+    class Check(keras.callbacks.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            pruning.check(self.model, self.model.optimizer)
+            Check.steps += 1
+
+    s = spec(
+        optimizer=optimizer,
+        precision=precision,
+        distribute=distribute,
+        weight_decay=1e-3,
+        learning_rate=0.01,
+        train_steps=6,
+        eval_every=1,
+        compile="on" if (optimizer, distribute) == ("adam", "none") else "off",
+    )
+    run(s, callbacks=[Check()])
+    assert Check.steps == 6
+
+
+def test_float16_scales_the_loss_and_repeats():
+    s = spec(precision="mixed_float16", train_steps=20, eval_every=10)
+    weights, mask = start(s)
+    trainer = Trainer(s, DIGITS)
+    assert type(trainer.optimizer).__name__.startswith("LossScale")
+    first = trainer.train(weights, mask, 0, 20)
+    assert same(first.weights, trainer.train(weights, mask, 0, 20).weights)
+
+
+def test_one_steps_gradient_on_two_replicas():
+    changes = {"optimizer": "sgd", "learning_rate": 1.0, "train_steps": 1, "eval_every": 1}
+    one = run(spec(**changes)).weights
+    two = run(spec(distribute="mirrored", **changes)).weights
+    before, _ = start(BASE)
+    for n in one:
+        gradient = before[n] - one[n]
+        difference = np.abs(one[n] - two[n]).max()
+        assert difference <= 1e-6 * max(1e-3, np.abs(gradient).max()) + 6e-8
+
+
+def test_float64_on_two_replicas_is_the_same_mathematics():
+    one = run(spec(precision="float64"))
+    two = run(spec(precision="float64", distribute="mirrored"))
+    for n in one.weights:
+        np.testing.assert_allclose(two.weights[n], one.weights[n], rtol=1e-9, atol=1e-12)
+    assert one.rows[-1]["validation_loss"] == pytest.approx(
+        two.rows[-1]["validation_loss"], rel=1e-10
+    )
+
+
+def test_evaluation_counts_every_example_once_on_any_number_of_replicas():
+    s = spec(validation_size=77, precision="float64")
+    weights, mask = start(s)
+    numbers = []
+    for distribute in ("none", "mirrored"):
+        trainer = Trainer(dataclasses.replace(s, distribute=distribute), DIGITS)
+        trainer.train(weights, mask, 0, 0)
+        numbers.append([trainer.evaluate(part) for part in ("train", "validation", "test")])
+    model = trainer.model
+    for part, (loss, accuracy) in zip(("train", "validation", "test"), numbers[0], strict=True):
+        x, y = feeds.split(DIGITS, 77, 0)[part]
+        x = (x / 255.0 - np.array(DIGITS.mean)) / np.array(DIGITS.std)
+        logits = model(x).numpy()
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert loss == pytest.approx(-logs[np.arange(len(y)), y].mean(), rel=1e-9)
+        assert accuracy == pytest.approx((logits.argmax(-1) == y).mean(), abs=1e-12)
+    np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-12)
+
+
+def test_rows_say_when_test_data_were_looked_at():
+    rows = run(spec(train_steps=200, learning_rate=0.02)).rows
+    assert [row["step"] for row in rows] == list(range(0, 201, 20))
+    best = np.inf
+    for row in rows[:-1]:
+        assert (row["test_accuracy"] is not None) == (row["validation_loss"] < best)
+        best = min(best, row["validation_loss"])
+    assert rows[-1]["test_accuracy"] is not None
+    assert rows[0]["loss"] is None and all(row["loss"] > 0 for row in rows[1:])
+
+
+def test_capture_is_the_training_cut_short():
+    s = spec(lr_schedule="cosine", warmup_steps=5)
+    whole = run(s, capture=33)
+    short = run(s, stop=33)
+    assert same(whole.captured, short.weights)
+
+
+def test_training_on_from_a_captured_step_sees_the_same_batches():
+    s = spec(optimizer="sgd", learning_rate=0.1, lr_schedule="steps", lr_drops=(30,))
+    whole = run(s, capture=20)
+    _, mask = start(s)
+    rest = Trainer(s, DIGITS).train(whole.captured, mask, 20, 60)
+    assert same(rest.weights, whole.weights)  # plain SGD has no other state
+
+
+def test_callbacks_fire_at_boundaries_stop_and_change_the_rate():
+    class Log(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def on_train_begin(self, logs=None):
+            self.calls.append("train")
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.calls.append(f"epoch {epoch}")
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.calls.append(f"batch {batch}")
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.calls.append(f"end {epoch} {logs['step']}")
+            if epoch == 0:
+                self.model.optimizer.learning_rate.assign(0.0)
+            if epoch == 1:
+                self.model.stop_training = True
+
+        def on_train_end(self, logs=None):
+            self.calls.append("over")
+
+    log = Log()
+    trained = run(spec(), callbacks=[log])
+    assert log.calls == [
+        "train", "epoch 0", "batch 19", "end 0 20", "epoch 1", "batch 39", "end 1 40", "over",
+    ]  # fmt: skip
+    assert [row["step"] for row in trained.rows] == [0, 20, 40]
+    assert same(trained.weights, run(spec(), stop=20).weights)  # nothing moved at rate 0
+    assert trained.rows[-1]["learning_rate"] == 0.0
+
+
+def test_keras_own_callbacks_work():
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        monitor="validation_loss", factor=0.5, patience=0, min_delta=10.0
+    )
+    rows = run(spec(), callbacks=[plateau]).rows
+    assert rows[-1]["learning_rate"] < BASE.learning_rate
+
+
+def test_diverging_names_the_step():
+    s = spec(optimizer="sgd", learning_rate=1e30)
+    with pytest.raises(training.DivergedError, match=r"at step \d+; lower --learning_rate"):
+        run(s)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"batch_size": 2000}, "batch_size 2000 exceeds"),
+        ({"validation_size": 1000}, "more than half"),
+        ({"distribute": "mirrored", "devices": 3}, "devices 3 are asked for"),
+        ({"distribute": "mirrored", "batch_size": 31}, "multiple of 2"),
+        ({"distribute": "mirrored", "compile": "on"}, "compile=on does not work"),
+    ],
+)
+def test_refuses(changes, words):
+    with pytest.raises(UserError, match=words):
+        Trainer(spec(**changes), DIGITS)
+
+
+def test_xla_and_plain_graph_agree():
+    on = run(spec(precision="float64", compile="on"))
+    off = run(spec(precision="float64", compile="off"))
+    for n in on.weights:
+        np.testing.assert_allclose(on.weights[n], off.weights[n], rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_noise_repeats_and_rewinds():
+    s = spec(model="conv2_dropout", train_steps=4, eval_every=2, batch_size=10)
+    weights, mask = start(s)
+    trainer = Trainer(s, DIGITS)
+    first = trainer.train(weights, mask, 0, 4, capture=2)
+    assert first.weights["drop_fc1/count"] == 4 and first.captured["drop_fc1/count"] == 2
+    assert same(first.weights, trainer.train(weights, mask, 0, 4).weights)
+
+
+def test_schedule_reaches_the_optimizer():
+    s = spec(lr_schedule="steps", lr_drops=(20, 40), warmup_steps=10, learning_rate=0.1)
+    rates = [row["learning_rate"] for row in run(s).rows]  # of the step to come
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
