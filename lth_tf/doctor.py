@@ -12,6 +12,8 @@ import glob
 import importlib
 import importlib.metadata
 import io
+import json
+import logging
 import operator
 import os
 import platform
@@ -63,6 +65,16 @@ class Finding:
     fix: str = ""
 
 
+def report(workdir: str, dataset: str | None, data_dir: str | None, as_json: bool) -> int:
+    """Prints what `examine` returns, to which the arguments go; returns 1 if there is a problem."""
+    found = examine(workdir, dataset, data_dir)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(found)
+    return int(found["problems"] > 0)
+
+
 def examine(workdir: str, dataset: str | None, data_dir: str | None) -> dict[str, Any]:
     """Looks at the machine; changes nothing.
 
@@ -77,57 +89,69 @@ def examine(workdir: str, dataset: str | None, data_dir: str | None) -> dict[str
     Raises:
       UserError: no such data set.
     """
-    with contextlib.suppress(ImportError):  # packages() says what is missing
-        from lth_tf.datasets import DATASETS
-
-        DATASETS[dataset or "digits"]
-    legacy = os.environ.get("TF_USE_LEGACY_KERAS")  # tfmot overwrites it
+    datasets = load("lth_tf.datasets")
+    if dataset and not isinstance(datasets, Exception):
+        datasets.DATASETS[dataset]
+    settings = {name: os.environ.get(name) for name in SETTINGS}  # imports change some
     load("lth_tf.compat")  # first: in the order that works, and quietly
     gpus = nvidia()
-    report: dict[str, Any] = {"settings": {name: os.environ.get(name) for name in SETTINGS}}
-    report["settings"]["TF_USE_LEGACY_KERAS"] = legacy
+    found: dict[str, Any] = {}
     findings: list[Finding] = []
     for section, gather in {
         "versions": versions,
         "devices": lambda: devices(gpus),
         "data_sets": lambda: data_sets(data_dir),
+        "settings": lambda: settings,
     }.items():
-        report[section] = {}
-        findings += attempt(section, lambda s=section, g=gather: report[s].update(g()) or [])
+        found[section] = attempt(section, gather, findings) or {}
     for name, check in {
         "python": python,
         "packages": packages,
-        "tf.keras": lambda: keras(legacy),
+        "tf.keras": lambda: keras(settings["TF_USE_LEGACY_KERAS"]),
         "GPU": lambda: gpu(gpus),
         "workdir": lambda: room(workdir),
         "data set": lambda: data_set(dataset, data_dir),
         "cache": cache_folder,
     }.items():
-        findings += attempt(name, check)
-    report["findings"] = [dataclasses.asdict(finding) for finding in findings]
-    report["problems"] = sum(finding.status == "problem" for finding in findings)
-    return report
+        findings.extend(attempt(name, check, findings) or [])
+    found["findings"] = [dataclasses.asdict(finding) for finding in findings]
+    found["problems"] = sum(finding.status == "problem" for finding in findings)
+    return found
 
 
-def attempt(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """Returns a check's findings, or the one that the check failed."""
+def attempt(name: str, look: Callable[[], Any], findings: list[Finding]) -> Any:
+    """Returns what `look` returns; or None, if it fails, which is then added to the findings."""
     try:
-        return check()
-    except ModuleNotFoundError:
-        return []  # packages() says which
+        return look()
+    except ImportError as error:
+        found, fix = f"not looked at ({error})", "mend the packages first"
+        findings.append(Finding(name, "warning", found, fix))
     except Exception as error:
-        text = f"this check failed ({type(error).__name__}: {error})"
-        return [Finding(name, "problem", text, "report it with what lth-doctor --json prints")]
+        found = f"looking at it failed ({type(error).__name__}: {error})"
+        fix = "report it with what lth-doctor --json prints"
+        findings.append(Finding(name, "problem", found, fix))
+    return None
 
 
 def load(module: str) -> Any:
     """Returns the imported module, or the exception that importing it raised."""
-    # tfmot prints to stdout when TensorFlow is missing, NumPy a traceback to stderr.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
+    # When something is missing, tfmot prints to stdout, NumPy to stderr, and tfds logs a traceback.
+    logging.disable()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return importlib.import_module(module)
-        except Exception as error:
-            return error
+    except Exception as error:
+        return error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def needed(module: str) -> Any:
+    """Returns the imported module; raises ImportError whatever the reason."""
+    found = load(module)
+    if isinstance(found, Exception):
+        raise ImportError(f"{module} cannot be imported") from found
+    return found
 
 
 # What there is.
@@ -150,8 +174,10 @@ def nvidia() -> list[str]:
     """Returns the GPUs that NVIDIA's driver or the kernel shows, whatever TensorFlow sees."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
-        if lines := done.stdout.strip().splitlines():
+        done = subprocess.run(query, capture_output=True, timeout=5, check=True)
+        if lines := [
+            line for line in done.stdout.decode(errors="replace").splitlines() if "," in line
+        ]:
             return lines
     return sorted(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/proc/driver/nvidia/gpus/*"))
 
@@ -163,12 +189,11 @@ def devices(gpus: list[str]) -> dict[str, Any]:
         "processor": platform.machine(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpus": gpus,
     }
     with contextlib.suppress(OSError):
-        text = Path("/proc/meminfo").read_text()
-        if match := re.search(r"MemAvailable:\s*(\d+) kB", text):
+        if match := re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text()):
             found["memory_available_gb"] = round(int(match[1]) * 1024 / 1e9, 1)
+    found["gpus"] = gpus
     tf = load("tensorflow")
     if not isinstance(tf, Exception):
         found["tensorflow_devices"] = [
@@ -176,7 +201,7 @@ def devices(gpus: list[str]) -> dict[str, Any]:
             for device in tf.config.list_physical_devices()
         ]
         found["tensorflow_built_for_cuda"] = tf.sysconfig.get_build_info().get("cuda_version")
-        found["xla"] = tf.test.is_built_with_xla()
+        found["tensorflow_has_xla"] = tf.test.is_built_with_xla()
     return found
 
 
@@ -217,17 +242,17 @@ def packages() -> list[Finding]:
     if version("lth_tf") is None:
         root = Path(__file__).resolve().parent.parent
         return [Finding("lth_tf", "problem", "not installed", pip("-e", str(root)))]
-    findings, errors = [], set()
     ours = declared("lth_tf")
+    modules = {name: load(MODULES.get(name, name.replace("-", "_"))) for name in ours}
+    failed = {name for name in ours if isinstance(modules[name], Exception)}
+    findings = []
     wants: dict[str, dict[str, str]] = {}
-    # The missing first, since others fail to import for the lack of them.
-    for name, wanted in sorted(ours.items(), key=lambda item: version(item[0]) is not None):
-        module = load(MODULES.get(name, name.replace("-", "_")))
-        have = version(name) or getattr(module, "__version__", None)
-        if isinstance(module, Exception):
-            if str(module) not in errors:
-                findings.append(broken(name, wanted, have, module))
-            errors.add(str(module))
+    for name, wanted in ours.items():
+        have = version(name) or getattr(modules[name], "__version__", None)
+        if name in failed:
+            # What fails for the lack of another is mended with that one.
+            if not failed & {*declared(name), lacking(modules[name])} - {name}:
+                findings.append(broken(name, wanted, have, modules[name]))
         elif not satisfies(have, wanted):
             text = f"{have}, but lth_tf needs {wanted}"
             findings.append(Finding(name, "problem", text, pip(name + wanted)))
@@ -253,11 +278,16 @@ def broken(name: str, wanted: str, have: str | None, error: Exception) -> Findin
         return Finding(name, "problem", "not installed", pip(name + wanted))
     first = (str(error).strip().splitlines() or [""])[0]
     text = f"{have} is installed, but importing it fails ({type(error).__name__}: {first})"
-    lacks = (getattr(error, "name", None) or name).split(".")[0]
-    if isinstance(error, ModuleNotFoundError) and normal(lacks) != name:
+    if lacking(error) not in ("", name):
         return Finding(name, "problem", text, pip(f"{name}=={have}"))  # installs what it lacks
     # With its dependencies, pip would raise those that the others hold down.
     return Finding(name, "problem", text, pip("--force-reinstall", "--no-deps", f"{name}=={have}"))
+
+
+def lacking(error: Exception) -> str:
+    """Returns which distribution was not found, as far as its module tells; '' if none."""
+    module = ((isinstance(error, ModuleNotFoundError) and error.name) or "").split(".")[0]
+    return next((name for name in MODULES if MODULES[name] == module), normal(module))
 
 
 def keras(legacy: str | None) -> list[Finding]:
@@ -266,16 +296,15 @@ def keras(legacy: str | None) -> list[Finding]:
     Args:
       legacy: TF_USE_LEGACY_KERAS as it was before anything was imported.
     """
-    tf, tf_keras = load("tensorflow"), load("tf_keras")
-    if isinstance(tf, Exception) or isinstance(tf_keras, Exception):
-        return []  # packages() says so
+    needed("tf_keras")
+    model = needed("tensorflow").keras.Model
     if legacy not in ("1", "true", "True"):
         text = f"TF_USE_LEGACY_KERAS={legacy}: where TensorFlow is imported first, it is Keras 3"
         return [Finding("tf.keras", "problem", text, "export TF_USE_LEGACY_KERAS=1")]
-    if tf.keras.Model.__module__.split(".")[0] != "tf_keras":
+    if model.__module__.split(".")[0] != "tf_keras":
         text = "is Keras 3, since TensorFlow was imported before lth_tf"
         return [Finding("tf.keras", "problem", text, "import lth_tf before tensorflow")]
-    return [Finding("tf.keras", "ok", f"is tf_keras {tf_keras.__version__}")]
+    return [Finding("tf.keras", "ok", f"is tf_keras {version('tf_keras')}")]
 
 
 def gpu(gpus: list[str]) -> list[Finding]:
@@ -284,9 +313,7 @@ def gpu(gpus: list[str]) -> list[Finding]:
     Args:
       gpus: as `nvidia` returns them.
     """
-    tf = load("tensorflow")
-    if isinstance(tf, Exception):
-        return []  # packages() says so
+    tf = needed("tensorflow")
     seen = tf.config.list_physical_devices("GPU")
     if seen or not gpus:
         text = f"TensorFlow sees {len(seen)}" if seen else "none; TensorFlow uses the CPU"
@@ -318,18 +345,19 @@ def room(workdir: str) -> list[Finding]:
 
 def data_set(name: str | None, data_dir: str | None) -> list[Finding]:
     """The wanted data set is absent, or the folder of data sets is not a folder."""
-    from lth_tf.datasets import digits, tfds
+    from lth_tf import datasets
 
     title = f"data set {name}" if name else "data sets"
     try:
-        folder = tfds.resolve(data_dir)
+        folder = datasets.tfds.resolve(data_dir)
     except UserError as error:
         return [Finding(title, "problem", str(error), "--data_dir=FOLDER of this machine")]
     if name is None:
         return []
     if name == "digits":
-        return [Finding(title, "ok", f"{len(digits().train_images):,} images in the package")]
-    if have := tfds.prepared(folder / name):
+        images = datasets.load(name).train_images
+        return [Finding(title, "ok", f"{len(images):,} images in the package")]
+    if have := datasets.tfds.prepared(folder / name):
         return [Finding(title, "ok", f"{have} in {folder / name}")]
     fix = (
         f"export TFDS_DATA_DIR=FOLDER or --data_dir=FOLDER, where tensorflow-datasets has prepared "
@@ -418,21 +446,20 @@ def pip(*words: str) -> str:
 # Showing.
 
 
-def show(report: dict[str, Any]) -> None:
+def show(found: dict[str, Any]) -> None:
     """Prints what `examine` returned, one line an entry, so that a fix can be copied."""
     for title in ("versions", "devices", "data_sets", "settings"):
         _print(title.replace("_", " "), "bold")
-        for name, value in report[title].items():
-            _print(f"  {name.replace('_gb', ' (GB)') if title == 'devices' else name:30} "
-                   f"{_text(value, title)}")  # fmt: skip
+        for name, value in found[title].items():
+            _print(f"  {name:30} {_text(value, title)}")
     _print("findings", "bold")
-    for finding in report["findings"]:
+    for finding in found["findings"]:
         style = {"ok": "green", "warning": "yellow", "problem": "bold red"}[finding["status"]]
         _print(f"  {finding['status']:8} {finding['name']}: {finding['found']}", style)
         if finding["fix"]:
             _print(f"           fix: {finding['fix']}")
-    count = report["problems"]
-    _print(f"{count or 'no'} problem{'s' * (count != 1)} found" if count else "no problem found")
+    count = found["problems"]
+    _print(f"{count or 'no'} problem{'s' * (count > 1)} found")
 
 
 def _text(value: Any, title: str) -> str:

@@ -85,7 +85,15 @@ def scale(
 
 def place(arrays: tuple, strategy: Any) -> tuple:
     """Copies (images, labels) to the memory of each of the strategy's devices, once."""
-    return tuple(
-        strategy.experimental_distribute_values_from_function(lambda _, a=a: tf.constant(a))
-        for a in arrays
-    )
+    # The default strategy does not tell its device.
+    several = strategy.num_replicas_in_sync > 1
+    devices = strategy.extended.worker_devices if several else [None]
+
+    def copied(array: np.ndarray) -> Any:
+        def copy(context: Any) -> Any:
+            with tf.device(devices[context.replica_id_in_sync_group]):
+                return tf.constant(array)
+
+        return strategy.experimental_distribute_values_from_function(copy)
+
+    return tuple(copied(array) for array in arrays)

@@ -169,6 +169,10 @@ def run(main: Callable[..., Any], commands: tuple[str, ...] = ()) -> None:
         return main(*words) or 0
 
     logging.set_verbosity(logging.WARNING)
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("lth_tf") or module == sys.argv[0]:
+            for flag in defined:  # --help shows those of argv[0] only
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     try:
         app.run(guarded, argv=expand(sys.argv))
     except (UserError, InvariantError) as error:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import inspect
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,61 +40,67 @@ class MaskedLayer(PruneLowMagnitude):
     engine: the mask changes only when `set_mask` changes it.
 
     Args:
-      layer: any layer, built or not; all kernels that it or its sublayers own are
-        masked.
+      layer: any layer; all kernels that it or its sublayers hold are masked.
+      masks: the kernels' shapes.
 
     Attributes:
       pruning_vars: list of (kernel, mask, threshold) variables; the mask has the
         kernel's shape and holds 0 or 1, the threshold is always 0.
     """
 
-    def __init__(self, layer: Any, **kwargs: Any):
+    def __init__(self, layer: Any, masks: Sequence[Sequence[int]], **kwargs: Any):
         kwargs["name"] = f"masked_{layer.name}"
         kwargs.setdefault("dtype", layer._dtype_policy)
         # tfmot's own __init__ would refuse layers that it does not know.
         super(PruneLowMagnitude, self).__init__(layer, **kwargs)
-        # To Keras this layer must look like the one inside: it is called in the same ways.
+        # Keras must treat this layer as it treats the one inside.
         self._call_spec = layer._call_spec
         self._autocast = layer._autocast
-        self._activity_regularizer = getattr(layer, "_activity_regularizer", None)
         self.supports_masking = layer.supports_masking
         self.stateful = layer.stateful
         # Past Keras' tracking: the kernels belong to the layer and are saved with it.
+        self.__dict__["_shapes"] = [tuple(shape) for shape in masks]
         self.__dict__["pruning_vars"] = []
         self.__dict__["_hosts"] = []
-        self.__dict__["_complete"] = False
         if not hasattr(self, "_batch_input_shape") and hasattr(layer, "_batch_input_shape"):
             self._batch_input_shape = layer._batch_input_shape
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the layer where that is still to be done, and the mask variables."""
         super(PruneLowMagnitude, self).build(input_shape)
-        self.pruning_step = self._variable("pruning_step", [], -1, dtype=tf.int64)
-        self._add_masks()
-
-    def _variable(self, name: str, shape: Any, value: float, **options: Any) -> Any:
-        # h5 wants names that are unique in a model, checkpoints want them without counters.
+        # h5 wants names that are unique in a model; checkpoints, which want them to be the same
+        # in every process, do not see the scope.
         with tf.name_scope(self.name):
-            return self.add_weight(
-                name,
-                shape,
-                initializer=keras.initializers.Constant(value),
+            self.pruning_step = self.add_weight(
+                "pruning_step",
+                initializer=keras.initializers.Constant(-1),
+                dtype=tf.int64,
                 trainable=False,
-                aggregation=tf.VariableAggregation.MEAN,
-                experimental_autocast=False,
-                **options,
             )
+            self.__dict__["_masks"] = [
+                [
+                    self.add_weight(
+                        name if i == 0 else f"{name}_{i}",
+                        size,
+                        initializer=initial,
+                        trainable=False,
+                        aggregation=tf.VariableAggregation.MEAN,
+                        experimental_autocast=False,
+                    )
+                    for name, size, initial in (("mask", shape, "ones"), ("threshold", (), "zeros"))
+                ]
+                for i, shape in enumerate(self._shapes)
+            ]
+        self._join()
 
-    def _add_masks(self) -> None:
-        masks = {id(kernel): mask for kernel, mask, _ in self.pruning_vars}
-        for owner, attribute, kernel in _hosts(self.layer)[len(self._hosts):]:
-            if id(kernel) not in masks:
-                suffix = f"_{len(masks)}" if masks else ""
-                dtype = getattr(kernel, "true_dtype", kernel.dtype)
-                masks[id(kernel)] = self._variable(f"mask{suffix}", kernel.shape, 1, dtype=dtype)
-                threshold = self._variable(f"threshold{suffix}", [], 0, dtype=dtype)
-                self.pruning_vars.append((kernel, masks[id(kernel)], threshold))
-            self._hosts.append((owner, attribute, kernel, masks[id(kernel)]))
+    def _join(self) -> None:
+        """Joins the masks with their kernels, if the kernels exist."""
+        hosts = _hosts(self.layer)
+        kernels = list({id(kernel): kernel for _, _, kernel in hosts}.values())
+        if [tuple(kernel.shape) for kernel in kernels] == self._shapes:
+            self.pruning_vars += [(k, *m) for k, m in zip(kernels, self._masks, strict=True)]
+            masks = {id(kernel): mask for kernel, mask, _ in self.pruning_vars}
+            self._hosts += [(*host, masks[id(host[-1])]) for host in hosts]
 
     @contextlib.contextmanager
     def _masked(self) -> Iterator[None]:
@@ -111,9 +117,9 @@ class MaskedLayer(PruneLowMagnitude):
             yield
             if any(owner.__dict__[attribute] is not value for owner, attribute, value in masked):
                 raise UserError(
-                    f"layer {self.layer.name!r} exchanges values with other replicas in the middle "
-                    "of its call (synchronized BatchNormalization?), which mixes up the replicas' "
-                    "masked kernels; make it a keras.Model, so that its layers are masked one by one"
+                    f"layer {self.layer.name!r} waits for the other replicas in the middle of its "
+                    "call (synchronized BatchNormalization?), which mixes up their masked kernels; "
+                    "make it a keras.Model, so that its layers are masked one by one"
                 )
         finally:
             for owner, attribute, kernel, _ in self._hosts:
@@ -121,16 +127,16 @@ class MaskedLayer(PruneLowMagnitude):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer on masked kernels."""
-        if not self._complete:
-            if len(list(self.layer._flatten_layers())) > 1 or not self._hosts:
-                # Sublayers (those of MultiHeadAttention) may create kernels in their first call.
-                self.layer.call(*args, **kwargs)
-                with tf.init_scope():
-                    self._add_masks()
-            self.__dict__["_complete"] = True
+        if not self._hosts:
+            # A loaded layer may make its sublayers' kernels in its first call.
+            self.layer.call(*args, **kwargs)
+            self._join()
         _mask_regularizers(self._hosts)
         with self._masked():
-            return self.layer.call(*args, **kwargs)
+            outputs = self.layer.call(*args, **kwargs)
+        if self.layer._activity_regularizer:  # as Layer.__call__ would
+            self.layer._handle_activity_regularization(None, outputs)
+        return outputs
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         """Delegates Keras' sequence masking, which has nothing to do with pruning."""
@@ -151,15 +157,18 @@ class MaskedLayer(PruneLowMagnitude):
             kernel.assign(_select(mask, kernel))
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the configuration; the mask is a variable and saved as such."""
-        return super(PruneLowMagnitude, self).get_config()
+        """Returns the configuration; the masks are variables and saved as such."""
+        config = super(PruneLowMagnitude, self).get_config()
+        return {**config, "masks": [list(shape) for shape in self._shapes]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MaskedLayer:
         """Returns the layer that `get_config` described."""
-        config = dict(config)
-        layer = keras.layers.deserialize(config.pop("layer"), custom_objects=custom_objects)
-        return cls(layer, **config)
+        layer = dict(config["layer"])
+        # From h5 and SavedModel Keras looks for registered classes under this key.
+        layer["class_name"] = layer.get("registered_name") or layer["class_name"]
+        layer = keras.layers.deserialize(layer, custom_objects)
+        return cls(**{**config, "layer": layer})
 
 
 def _select(mask: Any, kernel: Any) -> Any:
@@ -202,21 +211,23 @@ def _hosts(layer: Any) -> list[tuple[Any, str, Any]]:
     return found
 
 
+_ELEMENTWISE = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+
+
 def _mask_regularizers(hosts: list[tuple]) -> None:
     """Makes weight regularizers see the masked kernel.
 
-    On the raw one some (orthogonality, for one) have gradients at pruned weights.
+    On the raw one some (orthogonality, for one) have gradients at pruned weights. Done
+    at every call, because `strip` undoes it for the plain model, which shares the layers.
     Keras keeps such a loss as partial(tag, partial(loss, variable)).
     """
     for owner, _, kernel, mask in hosts:
         for i, loss in enumerate(owner._callable_losses):
             inner = loss.args[0] if isinstance(loss, functools.partial) and loss.args else None
-            if (
-                isinstance(inner, functools.partial)
-                and inner.args
-                and inner.args[0] is kernel
-                and loss.func is not _masked_loss
-            ):
+            if not (isinstance(inner, functools.partial) and any(a is kernel for a in inner.args)):
+                continue
+            regularizer = inspect.getclosurevars(inner.func).nonlocals.get("regularizer")
+            if type(regularizer) not in _ELEMENTWISE and loss.func is not _masked_loss:
                 masked = functools.partial(_masked_loss, inner, mask, kernel)
                 masked.plain = loss  # type: ignore[attr-defined]
                 owner._callable_losses[i] = masked
@@ -265,21 +276,14 @@ def _weights(model: Any) -> list[_Weight]:
             if id(variable) not in seen:
                 seen.add(id(variable))
                 name = unique(path + variable.name.split("/")[-1].split(":")[0])
-                found.append(
-                    _Weight(
-                        name,
-                        variable,
-                        masks.get(id(variable), []),
-                        id(variable) in prunable,
-                        layer,
-                    )
-                )
+                own = masks.get(id(variable), [])
+                found.append(_Weight(name, variable, own, id(variable) in prunable, layer))
         for child in layer._flatten_layers(recursive=False, include_self=False):
             child = child.layer if isinstance(child, MaskedLayer) else child
             if id(child) not in seen:
                 walk(child, unique(path + _segment(child)) + "/")
 
-    walk(model.layer if isinstance(model, MaskedLayer) else model, "")
+    walk(model, "")
     return found
 
 
@@ -308,9 +312,9 @@ def kernels(model: Any) -> dict[str, Any]:
     """Returns the prunable variables of a plain or pruned model: unique path -> variable.
 
     Prunable are the kernels of dense, convolutional, recurrent and attention layers
-    (attributes called 'kernel' or '..._kernel', of rank 2 or more) and what a custom
-    layer names in `get_prunable_weights()`; biases, normalisation and embeddings are
-    not.
+    (trainable attributes called 'kernel' or '..._kernel', of rank 2 or more); of a custom
+    layer with a method `get_prunable_weights()`, the attributes that it returns. Biases,
+    normalisation and embeddings are not, nor what a model holds without a layer.
     """
     return {w.name: w.variable for w in _weights(model) if w.kernel}
 
@@ -338,9 +342,14 @@ def prune(model: Any) -> Any:
       model: a built tf_keras model: functional, Sequential, nested or subclassed.
 
     Raises:
-      UserError: a Keras 3 model, no model at all, one that is not built, has
-        nothing prunable, or is pruned already.
+      UserError: a Keras 3 model, no model at all, one that is not built, has nothing
+        prunable, is pruned already, or is made in a way in which masks would not hold.
     """
+    _require_prunable(model)
+    return _rewrap(model, _wrap)[0]
+
+
+def _require_prunable(model: Any) -> None:
     if is_keras_3(model):
         raise UserError(
             f"{type(model).__name__} {getattr(model, 'name', '')!r} is a Keras 3 model; lth_tf "
@@ -349,20 +358,44 @@ def prune(model: Any) -> Any:
         )
     if not isinstance(model, keras.Model):
         raise UserError(f"prune takes a tf_keras model, not {type(model).__name__}")
-    if not model.built:
+    layers = list(model._flatten_layers())
+    unbuilt = [
+        layer.name
+        for layer in layers
+        if not layer.built
+        and (layer is model or any(a.endswith("kernel_initializer") for a in vars(layer)))
+    ]
+    if unbuilt:
         raise UserError(
-            f"model {model.name!r} is not built, so its kernels do not exist yet; call "
-            "model.build(input_shape) or call it on a batch first"
+            f"model {model.name!r} is not built: the kernels of {', '.join(unbuilt)} do not exist "
+            "yet; call it on a batch (or model.build(input_shape)) first"
         )
-    if any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers()):
+    if any(isinstance(layer, MaskedLayer) for layer in layers):
         raise UserError(f"model {model.name!r} is pruned already; use set_mask to change its mask")
-    if not kernels(model):
+    for layer in layers:
+        if isinstance(layer.call, tf.types.experimental.PolymorphicFunction):
+            raise UserError(
+                f"the call of {type(layer).__name__} {layer.name!r} is a @tf.function, which would "
+                "go on with the kernels it saw first; remove the decorator, fit compiles anyway"
+            )
+        if type(layer).__name__ in ("AddLoss", "AddMetric"):
+            raise UserError(
+                f"model {model.name!r} was given losses or metrics of symbolic tensors (add_loss, "
+                "add_metric), which Keras cannot copy; add them in the call of a layer"
+            )
+    found = _weights(model)
+    if not any(w.kernel for w in found):
         raise UserError(
             f"model {model.name!r} has nothing to prune: none of its layers "
             f"({', '.join(type(layer).__name__ for layer in model.layers)}) has a kernel; a custom "
             "layer can name its own in get_prunable_weights()"
         )
-    return _rewrap(model, _wrap)
+    known = {id(w.variable) for w in found}
+    if strangers := [v.name for v in model.trainable_variables if id(v) not in known]:
+        raise UserError(
+            f"model {model.name!r} trains {strangers}, which belong to no Keras layer (but to a "
+            "tf.Module?); make that a keras.layers.Layer"
+        )
 
 
 def strip(model: Any) -> Any:
@@ -375,38 +408,32 @@ def strip(model: Any) -> Any:
       InvariantError: a pruned weight is not zero.
     """
     check(model)
-    return _rewrap(model, _unwrap)
+    return _rewrap(model, _unwrap)[0]
 
 
 @contextlib.contextmanager
 def plain(model: Any) -> Iterator[Any]:
-    """Within, the plain model of a pruned or plain one; a subclassed one is put back after."""
-    pruned = any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers())
-    if not pruned or _is_graph(model):
-        yield strip(model) if pruned else model
+    """Within, the plain model of a pruned or plain one; a subclassed one is put back after.
+
+    Raises:
+      InvariantError: a pruned weight is not zero.
+    """
+    if not any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers()):
+        yield model
         return
-    restore: list[Callable[[], None]] = []
+    check(model)
+    stripped, put_back = _rewrap(model, _unwrap)
     try:
-        yield _rewrap(model, lambda layer: _remember(layer, restore))
+        yield stripped
     finally:
-        _rewrap(model, lambda layer: getattr(layer, "__dict__", {}).pop("_lth_wrapper", layer))
-
-
-def _remember(layer: Any, restore: list) -> Any:
-    if isinstance(layer, MaskedLayer):
-        layer.layer.__dict__["_lth_wrapper"] = layer
-        return layer.layer
-    return layer
-
-
-def _is_graph(model: Any) -> bool:
-    return isinstance(model, keras.Sequential) or bool(getattr(model, "_is_graph_network", False))
+        put_back()
 
 
 def _wrap(layer: Any) -> Any:
-    if isinstance(layer, MaskedLayer) or not any(_own_kernels(x) for x in layer._flatten_layers()):
+    shapes = {id(kernel): kernel.shape for _, _, kernel in _hosts(layer)}
+    if not shapes:
         return layer
-    wrapped = MaskedLayer(layer)
+    wrapped = MaskedLayer(layer, list(shapes.values()))
     wrapped.build(None)
     return wrapped
 
@@ -419,42 +446,83 @@ def _unwrap(layer: Any) -> Any:
     return layer.layer
 
 
-def _rewrap(model: Any, swap: Callable[[Any], Any]) -> Any:
-    """Applies `swap` to every layer of a model, nested models included."""
-    if _is_graph(model):
+def _rewrap(model: Any, swap: Callable[[Any], Any]) -> tuple[Any, Callable[[], None]]:
+    """Applies `swap` to every layer of a model, nested models included.
 
-        def clone(layer: Any) -> Any:
-            if isinstance(layer, keras.Model):
-                return _rewrap(layer, swap)
-            if isinstance(layer, keras.layers.InputLayer):
-                return type(layer).from_config(layer.get_config())
-            return swap(layer)
-
-        return keras.models.clone_model(model, clone_function=clone)
+    Returns:
+      The model, new or changed in place, and a function that undoes what was done in place.
+    """
+    done: dict[int, tuple[Any, Any]] = {}  # what is used twice is swapped once
+    before: list[tuple[Any, dict[str, Any]]] = []
 
     def exchange(value: Any) -> Any:
-        if isinstance(value, keras.Model):
-            return _rewrap(value, swap)
-        if isinstance(value, keras.layers.Layer):
-            return swap(value)
-        if isinstance(value, Mapping):
-            new: Any = {key: exchange(v) for key, v in value.items()}
-            return new if any(new[key] is not value[key] for key in new) else value
-        if isinstance(value, (list, tuple)):
-            new = [exchange(v) for v in value]
-            changed = any(a is not b for a, b in zip(new, value, strict=True))
-            return (new if isinstance(value, list) else tuple(new)) if changed else value
-        return value
+        if not _is_layer(value):
+            return value
+        if id(value) not in done:
+            new = exchange_all(value) if isinstance(value, keras.Model) else swap(value)
+            done[id(value)] = value, new  # the old one, too: its id must not be used again
+        return done[id(value)][1]
 
-    internal = vars(keras.Model()).keys()
-    for attribute, value in list(vars(model).items()):
-        if attribute not in internal and not attribute.startswith("_self_"):
-            new = exchange(value)
-            if new is not value:
-                setattr(model, attribute, new)
+    def exchange_all(model: Any) -> Any:
+        if isinstance(model, keras.Sequential) or model._is_graph_network:
+            return _clone(model, exchange)
+        tracked = {id(value) for value in model._self_tracked_trackables}
+        old = {
+            name: value
+            for name, value in vars(model).items()
+            if id(value) in tracked and any(map(_is_layer, tf.nest.flatten(value)))
+        }
+        before.append((model, old))
+        _set_attributes(model, {n: tf.nest.map_structure(exchange, v) for n, v in old.items()})
+        return model
+
+    def put_back() -> None:
+        for model, old in before:
+            _set_attributes(model, old)
+
+    scope = contextlib.nullcontext() if tf.distribute.has_strategy() else (
+        model.distribute_strategy.scope()
+    )  # fmt: skip
+    with scope:
+        try:
+            return exchange_all(model), put_back
+        except Exception:
+            put_back()
+            raise
+
+
+def _is_layer(value: Any) -> bool:
+    # Keras' metrics are layers, too.
+    return isinstance(value, keras.layers.Layer) and not isinstance(value, keras.metrics.Metric)
+
+
+def _set_attributes(model: Any, values: dict[str, Any]) -> None:
+    # All are deleted first and set in their old order, because weights come in this order.
+    for name in values:
+        delattr(model, name)
+    for name, value in values.items():
+        setattr(model, name, value)
     # What was traced with the former layers must not be used again.
     model.train_function = model.test_function = model.predict_function = None
-    return model
+
+
+def _clone(model: Any, exchange: Callable[[Any], Any]) -> Any:
+    """A functional or Sequential model of exchanged layers."""
+
+    def clone(layer: Any) -> Any:
+        if isinstance(layer, keras.layers.InputLayer):
+            return type(layer).from_config(layer.get_config())
+        return exchange(layer)
+
+    new = keras.models.clone_model(model, clone_function=clone)
+    own = [n for n in vars(type(model)) if not n.startswith("_") and n != "get_config"]
+    if type(new) is not type(model) and own:
+        raise UserError(
+            f"{type(model).__name__} {model.name!r} has methods of its own ({', '.join(own)}), "
+            "which its pruned copy would lack; let its __init__ take the arguments of keras.Model, "
+            "or write the model with layers as attributes and a call method"
+        )
+    return new
 
 
 # --- Masks -----------------------------------------------------------------------------
@@ -466,7 +534,7 @@ def get_mask(model: Any) -> Mask:
     Raises:
       UserError: the model is not pruned.
     """
-    return {w.name: (w.mask.numpy() != 0).astype(np.uint8) for w in _masked(model)}
+    return {w.name: (w.masks[0].numpy() != 0).astype(np.uint8) for w in _masked(model)}
 
 
 def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
@@ -493,9 +561,10 @@ def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
         require_maskable(optimizer)
     slots = slots_of(optimizer, model) if optimizer is not None else {}
     for w in found:
-        w.mask.assign(np.asarray(mask[w.name], w.mask.dtype.as_numpy_dtype))
+        for variable in w.masks:
+            variable.assign(np.asarray(mask[w.name], variable.dtype.as_numpy_dtype))
         for variable in (w.variable, *slots.get(w.name, ())):
-            variable.assign(_select(w.mask, variable))
+            variable.assign(_select(w.masks[0], variable))
 
 
 def fit(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -521,7 +590,7 @@ def check(model: Any, optimizer: Any = None) -> None:
     found = _masked(model)
     slots = slots_of(optimizer, model) if optimizer is not None else {}
     for w in found:
-        pruned = w.mask.numpy() == 0
+        pruned = w.masks[0].numpy() == 0
         for variable in (w.variable, *slots.get(w.name, ())):
             # != 0 is true for NaN, too.
             wrong = int(np.count_nonzero(variable.numpy()[pruned] != 0))
@@ -534,7 +603,7 @@ def check(model: Any, optimizer: Any = None) -> None:
 
 
 def _masked(model: Any) -> list[_Weight]:
-    found = [w for w in _weights(model) if w.mask is not None]
+    found = [w for w in _weights(model) if w.masks]
     if not found:
         raise UserError(f"model {model.name!r} is not pruned; call prune(model) first")
     return found
@@ -570,42 +639,27 @@ def inner_optimizer(optimizer: Any) -> Any:
 
 
 def slots_of(optimizer: Any, model: Any) -> dict[str, list[Any]]:
-    """Returns kernel name -> the optimizer's variables of that kernel's shape (moments, averages).
-
-    A slot is named kind/variable. Names need not be unique in nested models; slots
-    of one kind and name come in the order of the model's trainable variables.
-    """
+    """Returns kernel name -> the optimizer's variables of its shape (moments, averages)."""
     optimizer = inner_optimizer(optimizer)
     if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
-        return {
-            name: [optimizer.get_slot(v, s) for s in optimizer.get_slot_names()]
-            for name, v in kernels(model).items()
-            if optimizer.weights
-        }
-    names = Counter(v.name for v in model.trainable_variables)
-    place: Counter[str] = Counter()
-    position: dict[int, tuple[str, int]] = {}
-    for variable in model.trainable_variables:
-        position[_key(variable)] = (variable.name, place[variable.name])
-        place[variable.name] += 1
-    slots: dict[tuple[str, int], list[Any]] = {}
-    seen: Counter[str] = Counter()
-    for slot in optimizer.variables:
-        parts = slot.name.split("/")
-        # The longest variable name that ends the slot's name is its variable's.
-        owner = next((n for i in range(1, len(parts)) if (n := "/".join(parts[i:])) in names), None)
-        if owner is not None:
-            slots.setdefault((owner, seen[slot.name]), []).append(slot)
-            seen[slot.name] += 1
-    return {
-        name: [s for s in slots.get(position[_key(k)], ()) if s.shape == k.shape]
-        for name, k in kernels(model).items()
-        if _key(k) in position
-    }
+        return {name: _legacy_slots(optimizer, k) for name, k in kernels(model).items()}
+    # Names need not be unique: an optimizer keeps lists with a slot for each variable, and
+    # a dict of the variables' places in them, from `build` on.
+    places = getattr(optimizer, "_index_dict", {})
+    columns = [c for c in vars(optimizer).values() if isinstance(c, list) and len(c) == len(places)]
+    slots: dict[str, list[Any]] = {}
+    for name, kernel in kernels(model).items():
+        place = places.get(optimizer._var_key(kernel))
+        found = [] if place is None else [column[place] for column in columns]
+        slots[name] = [s for s in found if isinstance(s, tf.Variable) and s.shape == kernel.shape]
+    return slots
 
 
-def _key(variable: Any) -> int:
-    return id(getattr(variable, "_variable", variable))  # an AutoCastVariable holds the real one
+def _legacy_slots(optimizer: Any, kernel: Any) -> list[Any]:
+    try:
+        return [optimizer.get_slot(kernel, slot) for slot in optimizer.get_slot_names()]
+    except KeyError:  # not trained, or not yet
+        return []
 
 
 _PROBED: dict[str, bool] = {}
@@ -635,7 +689,7 @@ def require_maskable(optimizer: Any) -> None:
 
 def _survives(make: Callable[[dict], Any], config: dict[str, Any]) -> bool:
     optimizer = make(config)
-    layer = keras.layers.Dense(1, use_bias=False)
+    layer = keras.layers.Dense(1, use_bias=False, dtype="float32")
     model = prune(keras.Sequential([keras.Input((3,)), layer]))
     name, kernel = next(iter(kernels(model).items()))
     kernel.assign([[1.0], [-2.0], [3.0]])
@@ -649,6 +703,7 @@ def _survives(make: Callable[[dict], Any], config: dict[str, Any]) -> bool:
 
 
 __all__ = [
-    "InvariantError", "MaskedLayer", "assign", "check", "get_mask", "kernels",
-    "kinds", "plain", "prune", "set_mask", "slots_of", "strip", "weights",
+    "InvariantError", "MaskedLayer", "assign", "check", "fit", "get_mask", "inner_optimizer",
+    "kernels", "kinds", "plain", "prune", "require_maskable", "set_mask", "slots_of", "strip",
+    "weights",
 ]  # fmt: skip

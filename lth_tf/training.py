@@ -101,13 +101,13 @@ class Trained:
 
 
 @contextlib.contextmanager
-def _policy(precision: str) -> Iterator[None]:
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(precision)
+def policy(precision: str) -> Iterator[None]:
+    before = keras.mixed_precision.globalpolicy()
+    keras.mixed_precision.set_globalpolicy(precision)
     try:
         yield
     finally:
-        keras.mixed_precision.set_global_policy(before)
+        keras.mixed_precision.set_globalpolicy(before)
 
 
 def strategy_of(spec: Spec) -> Any:
@@ -137,7 +137,7 @@ def initial_weights(
     spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int
 ) -> tuple[Weights, list[str]]:
     """Returns the weights that the model starts from under `seed`, and its kernels' names."""
-    with _policy("float64" if spec.precision == "float64" else "float32"):
+    with policy("float64" if spec.precision == "float64" else "float32"):
         model = MODELS[spec.model](input_shape, classes, seed, init=spec.init)
     values = {name: v.numpy() for name, v in pruning.weights(model).items()}
     return values, list(pruning.kernels(model))
@@ -170,7 +170,7 @@ class Trainer:
                 f"batch_size {spec.batch_size} exceeds the {self.examples} training examples that "
                 f"{dataset.name!r} has besides {spec.validation_size} for validation"
             )
-        with _policy(spec.precision), self.strategy.scope():
+        with policy(spec.precision), self.strategy.scope():
             plain = MODELS[spec.model](self.input_shape, self.classes, spec.seed, init=spec.init)
             self.model = pruning.prune(plain)
             self.model.compile(OPTIMIZERS[spec.optimizer](_rate(spec), spec))

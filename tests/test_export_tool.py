@@ -105,10 +105,10 @@ def test_trained_weights_go_into_the_levels_folder(workdir, runs):
         weights_in(level / "export_saved_model_trained"),
         load_trained(level / "trained.safetensors"),
     )
-    place, density, here, dense = out.splitlines()
+    place, density, export, dense = out.splitlines()
     assert place == str(level / "export_saved_model_trained")
     assert density == f"density {load_ticket(level / 'ticket.safetensors').density:.4f}"
-    found = re.fullmatch(r"here: ([\d,]+) bytes, ([\d,]+) as tar.gz", here)
+    found = re.fullmatch(r"export: ([\d,]+) bytes, ([\d,]+) as tar.gz", export)
     raw, packed = (int(n.replace(",", "")) for n in found.groups())
     files = [p for p in (level / "export_saved_model_trained").rglob("*") if p.is_file()]
     assert raw == sum(p.stat().st_size for p in files) and 0 < packed < raw

@@ -20,7 +20,7 @@ def whole(densities, sizes):
 
 def case(rng):
     sizes = {f"k{i}": int(rng.integers(1, 10**5)) for i in range(rng.integers(1, 6))}
-    rates = {name: float(rng.choice([0.0, 0.1, 0.2, 0.5, rng.uniform(0.01, 0.9)])) for name in sizes}
+    rates = {name: float(rng.choice([0, 0.1, 0.2, 0.5, rng.uniform(0.01, 0.9)])) for name in sizes}
     rates["k0"] = rates["k0"] or 0.2
     protected = sum(n for name, n in sizes.items() if rates[name] == 0) / sum(sizes.values())
     return sizes, rates, protected

@@ -99,7 +99,7 @@ def momentum(s, step, g, state):
 )
 def test_loop_equals_a_training_written_out_by_hand(name, update, changes):
     s = spec(optimizer=name, precision="float64", train_steps=25, **changes)
-    with training._policy("float64"):
+    with training.policy("float64"):
         oracle = eager(s, 25, update)
     trained = run(s).weights
     for n in oracle:

@@ -14,7 +14,7 @@ from lth_tf.report.tables import bench_table
 lth_tf.flags.define_spec()
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)
-BLOCK = flags.DEFINE_integer("block", 500, "Training steps per contender and round.", lower_bound=1)
+BLOCK = flags.DEFINE_integer("block", 500, "Steps per contender and round.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -26,10 +26,8 @@ def main(command: str) -> None:
         result = bench.train(spec, data, BLOCK.value, ROUNDS.value)
     else:
         result = bench.start(spec, DATA_DIR.value, ROUNDS.value)
-    if JSON.value:
-        print(json.dumps(result))
-    else:
-        rich.console.Console().print(bench_table(result), highlight=False)
+    shown = json.dumps(result) if JSON.value else bench_table(result)
+    rich.console.Console(soft_wrap=True).print(shown, highlight=False, markup=False)
 
 
 def run() -> None:

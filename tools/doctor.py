@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from lth_tf import doctor
@@ -10,7 +9,7 @@ from lth_tf import doctor
 try:
     from absl import app, flags
 except ImportError as missing:
-    sys.exit(f"error: {missing}; run: {doctor.pip('absl-py' + doctor.declared('lth_tf')['absl-py'])}")
+    sys.exit(f"error: {missing}; run: {doctor.pip('absl-py~=1.4')}")
 
 WORKDIR = flags.DEFINE_string("workdir", "runs", "Folder that experiments would write to.")
 DATASET = flags.DEFINE_string("dataset", None, "Data set that has to be there.")
@@ -19,20 +18,20 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
 def main(argv: list[str]) -> int:
-    """Examines and reports; returns 1 if there is a problem."""
+    """Examines and reports."""
     if argv[1:]:
         raise doctor.UserError(f"unexpected {argv[1]!r}: everything is a flag (--name=value)")
-    report = doctor.examine(WORKDIR.value, DATASET.value, DATA_DIR.value)
-    print(json.dumps(report)) if JSON.value else doctor.show(report)
-    return int(report["problems"] > 0)
+    return doctor.report(WORKDIR.value, DATASET.value, DATA_DIR.value, JSON.value)
 
 
 def run() -> None:
     """Entry point of the console command; not lth_tf.flags.run, which needs TensorFlow."""
+    for flag in (WORKDIR, DATASET, DATA_DIR, JSON):  # --help shows those of argv[0] only
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     try:
         app.run(main)
-    except Exception as error:  # never a traceback: the doctor must not be one more trouble
-        sys.exit(f"error: {error}")
+    except (Exception, KeyboardInterrupt) as error:  # a traceback would be one more trouble
+        sys.exit(f"error: {str(error) or 'interrupted'}")
 
 
 if __name__ == "__main__":

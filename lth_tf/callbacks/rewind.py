@@ -58,6 +58,7 @@ class Rewind(keras.callbacks.Callback):
         mask = pruning.get_mask(self.model) if self.mask is None else self.mask
         pruning.set_mask(self.model, mask, optimizer)
         _clean(optimizer, self.model)
+        pruning.set_mask(self.model, mask, optimizer)  # Adagrad's slots do not start at 0
         optimizer.iterations.assign(self.step)
         if self.capture == self.step:
             self.captured = _values(self.model)
@@ -67,7 +68,8 @@ class Rewind(keras.callbacks.Callback):
         if self.capture is None or self.captured is not None:
             return
         # Loss scaling skips updates, so lth_tf's own loop counts for itself.
-        step = (logs or {}).get("step", int(self.model.optimizer.iterations))
+        iterations = int(keras.backend.get_value(self.model.optimizer.iterations))
+        step = (logs or {}).get("step", iterations)
         if step == self.capture:
             self.captured = _values(self.model)
         elif step > self.capture:
@@ -78,7 +80,7 @@ class Rewind(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Raises UserError if training ended before step `capture`."""
-        if self.capture is not None and self.captured is None and not self.model.stop_training:
+        if self.capture is not None and self.captured is None:
             raise UserError(
                 f"training ended before step {self.capture}, whose weights were to be saved"
             )
@@ -93,19 +95,22 @@ def _clean(optimizer: Any, model: Any) -> None:
 
     Zeros would be wrong for some: averages start at the weights, Adagrad at 0.1.
     """
-    if not pruning.inner_optimizer(optimizer).variables:
-        return
-    config = optimizer.get_config()
-    strategy = getattr(pruning.inner_optimizer(optimizer), "_distribution_strategy", None)
-    with (strategy or tf.distribute.get_strategy()).scope():
-        fresh = type(optimizer).from_config(config)
-        fresh.build(model.trainable_variables)
+    inner = pruning.inner_optimizer(optimizer)
+    strategy = getattr(inner, "_distribution_strategy", None) or tf.distribute.get_strategy()
+    with strategy.scope():
+        fresh = type(optimizer).from_config(optimizer.get_config())
+        for each in (optimizer, fresh):
+            # `fit` builds the optimizer in its first step only.
+            build = getattr(each, "build", None) or each._create_all_weights
+            build(model.trainable_variables)
     for old, new in zip(_state(optimizer), _state(fresh), strict=True):
         old.assign(new.read_value())
 
 
 def _state(optimizer: Any) -> list[Any]:
+    inner = pruning.inner_optimizer(optimizer)
+    variables = inner.variables() if callable(inner.variables) else inner.variables
     # Of a LossScaleOptimizer `variables` are the inner one's; its own are not public.
     scale = getattr(optimizer, "_loss_scale", None)
     dynamic = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []
-    return [*pruning.inner_optimizer(optimizer).variables, *dynamic]
+    return [*variables, *dynamic]

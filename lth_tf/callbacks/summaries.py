@@ -32,7 +32,7 @@ class Summaries(keras.callbacks.Callback):
         """Opens the file and writes densities."""
         self._writer = tf.summary.create_file_writer(self.log_dir)
         mask = pruning.get_mask(self.model)
-        step = int(self.model.optimizer.iterations)
+        step = int(keras.backend.get_value(self.model.optimizer.iterations))
         with self._writer.as_default(step):
             tf.summary.scalar("density/total", masks.density(mask))
             for name, m in mask.items():
@@ -41,7 +41,8 @@ class Summaries(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes the logs."""
         logs = logs or {}
-        step = logs.get("step", int(self.model.optimizer.iterations))
+        iterations = int(keras.backend.get_value(self.model.optimizer.iterations))
+        step = logs.get("step", iterations)
         with self._writer.as_default(step):
             for name, value in logs.items():
                 if name != "step" and value is not None:

@@ -29,7 +29,7 @@ from lth_tf.masks import Mask
 from lth_tf.models import MODELS
 from lth_tf.registry import Registry
 from lth_tf.tickets import Ticket
-from lth_tf.training import _policy
+from lth_tf.training import policy
 
 Exporter = Callable[[Served, Path], Reread]
 EXPORTERS: Registry[Exporter] = Registry("export format")
@@ -89,7 +89,7 @@ def network(ticket: Ticket, weights: Mapping[str, np.ndarray]) -> Any:
       UserError: the weights are those of another network.
     """
     spec, origin = ticket.spec, ticket.origin
-    with _policy("float64" if spec.precision == "float64" else "float32"):
+    with policy("float64" if spec.precision == "float64" else "float32"):
         model = MODELS[spec.model](
             tuple(origin["input_shape"]), origin["classes"], origin["seed"], init=spec.init
         )

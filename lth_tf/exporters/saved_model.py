@@ -47,8 +47,7 @@ def saved_model(served: Served, folder: Path) -> Reread:
 
 def _caller(loaded: Any, signature: str) -> Callable[[np.ndarray], np.ndarray]:
     function = loaded.signatures[signature]
-    # Holds `loaded`, too: without it the variables would be gone.
-    return lambda images: (loaded, function(images=tf.constant(images))["logits"].numpy())[1]
+    return lambda images: function(images=tf.constant(images))["logits"].numpy()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import tarfile
@@ -83,8 +84,9 @@ def sizes(path: Path) -> tuple[int, int]:
     """Returns the bytes of a file or of a folder's files: as they are, and as one tar.gz."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     counter = _Counter()
-    with tarfile.open(fileobj=counter, mode="w|gz") as archive:
-        archive.add(path, arcname=path.name)
+    with gzip.GzipFile(fileobj=counter, mode="wb", compresslevel=6) as packed:  # as `tar -z` does
+        with tarfile.open(fileobj=packed, mode="w|") as archive:
+            archive.add(path, arcname=path.name)
     return sum(p.stat().st_size for p in files), counter.size
 
 
@@ -92,7 +94,7 @@ def weighed(target: Path, ticket: Ticket, workdir: str | os.PathLike) -> str:
     """Returns where an export is, its density, and its bytes beside the dense weights'."""
     dense = Path(workdir, f"replicate_{ticket.origin['replicate']:02d}", "level_00")
     lines = [f"{target}", f"density {ticket.density:.4f}"]
-    for what, path in (("here", target), ("dense weights", dense / "trained.safetensors")):
+    for what, path in (("export", target), ("dense weights", dense / "trained.safetensors")):
         if path.exists():
             raw, packed = sizes(path)
             lines.append(f"{what}: {raw:,} bytes, {packed:,} as tar.gz")

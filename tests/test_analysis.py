@@ -1,0 +1,245 @@
+"""analysis: the early-stop step, tables that keep every digit, and when a ticket wins."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from lth_tf import analysis
+from lth_tf.analysis.summary import COLUMNS, read_csv, write_csv
+from lth_tf.errors import UserError
+
+METRICS = [
+    {"step": 100, "validation_loss": 0.5, "test_accuracy": 0.90, "seconds": 0.1},
+    {"step": 200, "validation_loss": 0.3, "test_accuracy": 0.95, "seconds": 1.0},
+    {"step": 300, "validation_loss": 0.3, "test_accuracy": None, "seconds": 2.0},
+    {"step": 400, "validation_loss": 0.4, "test_accuracy": 0.97, "seconds": 3.5},
+]
+
+
+# Summaries.
+
+
+def test_early_stop_is_the_first_of_equals():
+    assert analysis.early_stop(METRICS) is METRICS[1]
+    assert analysis.early_stop(METRICS[2:]) is METRICS[2]
+    assert analysis.early_stop(METRICS[:1]) is METRICS[0]
+
+
+def test_summary_row():
+    assert analysis.summary_row("reinit", 2, 3, 0.512, METRICS) == {
+        "arm": "reinit",
+        "replicate": 2,
+        "level": 3,
+        "density": 0.512,
+        "early_stop_step": 200,
+        "validation_loss_min": 0.3,
+        "test_accuracy_early": 0.95,
+        "test_accuracy_end": 0.97,
+        "steps": 300,
+        "seconds": 3.5,
+    }
+    assert tuple(analysis.summary_row("ticket", 0, 0, 1.0, METRICS)) == COLUMNS
+
+
+def test_csv_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"arm": 'a, "b"\nc', "n": int(rng.integers(10**9)), "x": float(x), "none": None}
+        for x in rng.normal(size=200) * 10.0 ** rng.integers(-300, 300, 200)
+    ]
+    rows += [
+        {"arm": "reinit", "n": -1, "x": x, "none": None}
+        for x in (0.1, 1 / 3, 1.0, 1e22, 5e-324, np.float64(0.1), -0.0, float("inf"))
+    ]
+    write_csv(tmp_path / "x.csv", ("arm", "n", "x", "none"), rows)
+    back = read_csv(tmp_path / "x.csv")
+    assert back == rows
+    assert all(type(b["n"]) is int and type(b["x"]) is float for b in back)
+    assert np.signbit(back[-2]["x"])
+    assert read_csv(tmp_path / "x.csv") == back
+
+
+def test_csv_is_plain(tmp_path):
+    write_csv(tmp_path / "x.csv", ("a", "b"), [{"a": 0.1, "b": None}, {"a": 2, "b": "x"}])
+    assert (tmp_path / "x.csv").read_bytes() == b"a,b\n0.1,\n2,x\n"
+    with pytest.raises(ValueError, match="'c'"):
+        write_csv(tmp_path / "x.csv", ("a", "b"), [{"c": 1}])
+
+
+def test_summary_files(tmp_path):
+    order = [
+        (1, 0, "ticket"),
+        (0, 1, "shuffle"),
+        (0, 1, "ticket"),
+        (0, 1, "reinit"),
+        (0, 0, "ticket"),
+    ]
+    rows = [analysis.summary_row(arm, r, level, 1 / 3, METRICS) for r, level, arm in order]
+    analysis.write_summary(tmp_path, rows)
+    back = analysis.read_summary(tmp_path)
+    assert [(row["replicate"], row["level"], row["arm"]) for row in back] == [
+        (0, 0, "ticket"),
+        (0, 1, "ticket"),
+        (0, 1, "reinit"),
+        (0, 1, "shuffle"),
+        (1, 0, "ticket"),
+    ]
+    assert back[0] == rows[4] and json.loads((tmp_path / "summary.json").read_text()) == back
+    with open(tmp_path / "summary.csv", newline="") as file:
+        assert next(csv.reader(file)) == list(COLUMNS)
+
+
+def test_no_summary_yet(tmp_path):
+    with pytest.raises(UserError, match="has no summary.csv yet"):
+        analysis.read_summary(tmp_path)
+
+
+# Points.
+
+
+def row(arm, level, replicate=0, step=100, early=0.98, end=0.98):
+    return {
+        "arm": arm,
+        "replicate": replicate,
+        "level": level,
+        "density": round(0.5**level, 9),
+        "early_stop_step": step,
+        "test_accuracy_early": early,
+        "test_accuracy_end": end,
+    }
+
+
+def test_points():
+    rows = [row("reinit", 1, 1, step=3), row("ticket", 1, 1), row("ticket", 0), row("reinit", 1, 0)]
+    found = analysis.points(rows)
+    assert [(p.arm, p.level, p.density, p.replicates) for p in found] == [
+        ("ticket", 0, 1.0, (0,)),
+        ("ticket", 1, 0.5, (1,)),
+        ("reinit", 1, 0.5, (0, 1)),
+    ]
+    assert found[2].early_stop_step.tolist() == [100, 3]
+    assert found[2].test_accuracy_early.tolist() == [0.98, 0.98]
+
+
+def test_density_of_a_point_is_the_mean():
+    rows = [{**row("ticket", 1, r), "density": d} for r, d in ((0, 0.2), (1, 0.4))]
+    assert analysis.points(rows)[0].density == pytest.approx(0.3)
+
+
+# Winning.
+
+
+def verdict(*rows):
+    found = analysis.winning(rows)
+    return found.early, found.end, found.replicates
+
+
+LOST = {"early": 0.90, "end": 0.90}
+
+
+def test_wins_at_early_stop_and_at_the_end():
+    rows = [row("ticket", 0), row("ticket", 1), row("reinit", 1, **LOST)]
+    assert verdict(*rows) == ((0.5, 1), (0.5, 1), 1)
+
+
+def test_wins_early_but_not_at_the_end():
+    rows = [row("ticket", 0), row("ticket", 1, end=0.97), row("reinit", 1, **LOST)]
+    assert verdict(*rows) == ((0.5, 1), None, 1)
+    # The control catches up.
+    rows = [row("ticket", 0), row("ticket", 1), row("reinit", 1, early=0.90, end=0.979)]
+    assert verdict(*rows) == ((0.5, 1), None, 1)
+
+
+def test_wins_at_the_end_but_not_early():
+    rows = [row("ticket", 0), row("ticket", 1, step=101), row("reinit", 1, **LOST)]
+    assert verdict(*rows) == (None, (0.5, 1), 1)
+    rows = [row("ticket", 0), row("ticket", 1, early=0.97), row("reinit", 1, **LOST)]
+    assert verdict(*rows) == (None, (0.5, 1), 1)
+    rows = [row("ticket", 0), row("ticket", 1), row("reinit", 1, early=0.979, end=0.90)]
+    assert verdict(*rows) == (None, (0.5, 1), 1)
+
+
+def test_smallest_density_wins_even_past_a_level_that_does_not():
+    rows = [row("ticket", 0)]
+    for level in range(1, 6):
+        rows += [row("ticket", level), row("reinit", level, **LOST)]
+    assert verdict(*rows)[:2] == ((1 / 32, 1), (1 / 32, 1))
+    rows[-2:] = [row("ticket", 5, early=0.5, end=0.5), row("reinit", 5, **LOST)]
+    rows[3] = row("ticket", 2, early=0.5, end=0.5)
+    assert verdict(*rows)[:2] == ((1 / 16, 1), (1 / 16, 1))
+    assert verdict(*rows[::-1])[:2] == ((1 / 16, 1), (1 / 16, 1))
+
+
+def test_none_wins():
+    assert verdict(row("ticket", 0), row("ticket", 1), row("reinit", 1)) == (None, None, 1)
+    assert verdict() == (None, None, 0)
+
+
+def test_without_control_or_dense_there_is_no_verdict():
+    assert verdict(row("ticket", 0), row("ticket", 1)) == (None, None, 1)
+    assert verdict(row("ticket", 1), row("reinit", 1, **LOST)) == (None, None, 0)
+    rows = [row("ticket", 0), row("ticket", 1), row("shuffle", 1, **LOST)]
+    assert verdict(*rows) == (None, None, 1)
+
+
+def test_dense_network_is_no_ticket():
+    assert verdict(row("ticket", 0), row("reinit", 0, **LOST)) == (None, None, 1)
+
+
+def test_margins_hold_for_every_accuracy():
+    """Exactly half a point behind dense is enough; exactly half a point ahead of reinit is not."""
+    for k in range(200, 10_001, 7):
+        dense, half, more = k / 10_000, (k - 50) / 10_000, (k - 51) / 10_000
+        ticket = row("ticket", 1, early=half, end=half)
+        lost = row("reinit", 1, early=0.0, end=0.0)
+        top = row("ticket", 0, early=dense, end=dense)
+        assert verdict(top, ticket, lost)[:2] == ((0.5, 1), (0.5, 1)), k
+        ticket = row("ticket", 1, early=more, end=more)
+        assert verdict(top, ticket, lost)[:2] == (None, None), k
+        ticket = row("ticket", 1, early=dense, end=dense)
+        assert verdict(top, ticket, row("reinit", 1, early=half, end=half))[:2] == (None, None), k
+        control = row("reinit", 1, early=more, end=more)
+        assert verdict(top, ticket, control)[:2] == ((0.5, 1), (0.5, 1)), k
+
+
+def test_equal_early_stop_steps_are_enough():
+    rows = [row("ticket", 0, step=100), row("ticket", 1, step=100), row("reinit", 1, **LOST)]
+    assert verdict(*rows)[0] == (0.5, 1)
+
+
+def replicated(tickets, controls=(0.90, 0.90, 0.90), dense=(0.98, 0.98, 0.98)):
+    rows = [row("ticket", 0, r, early=a, end=a) for r, a in enumerate(dense)]
+    rows += [row("ticket", 1, r, early=a, end=a) for r, a in enumerate(tickets) if a is not None]
+    return rows + [
+        row("reinit", 1, r, early=a, end=a) for r, a in enumerate(controls) if a is not None
+    ]
+
+
+def test_means_decide_and_replicates_are_counted():
+    assert verdict(*replicated((0.98, 0.98, 0.98))) == ((0.5, 3), (0.5, 3), 3)
+    assert verdict(*replicated((0.98, 0.99, 0.97))) == ((0.5, 2), (0.5, 2), 3)
+    assert verdict(*replicated((0.974, 0.974, 0.99))) == ((0.5, 1), (0.5, 1), 3)
+    assert verdict(*replicated((0.98, 0.98, 0.90))) == (None, None, 3)
+
+
+def test_steps_are_means_too():
+    rows = replicated((0.98, 0.98))
+    rows[3]["early_stop_step"], rows[4]["early_stop_step"] = 150, 50
+    assert verdict(*rows) == ((0.5, 1), (0.5, 2), 3)
+    rows[3]["early_stop_step"] = 151
+    assert verdict(*rows) == (None, (0.5, 2), 3)
+
+
+def test_only_complete_replicates_are_compared():
+    # Replicate 2 would turn the means if it counted.
+    assert verdict(*replicated((0.98, 0.98, 0.5), (0.9, 0.9, None))) == ((0.5, 2), (0.5, 2), 3)
+    assert verdict(*replicated((0.98, 0.98, None), (0.9, 0.9, 1.0))) == ((0.5, 2), (0.5, 2), 3)
+    assert verdict(*replicated((0.98, None, None), (None, 0.9, 0.9))) == (None, None, 3)
+
+
+def test_verdict_from_a_file(tmp_path):
+    rows = [{**dict.fromkeys(COLUMNS, 0), **r} for r in replicated((0.98, 0.99, 0.97))]
+    analysis.write_summary(tmp_path, rows)
+    assert analysis.winning(analysis.read_summary(tmp_path)) == analysis.winning(rows)
