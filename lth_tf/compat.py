@@ -31,6 +31,7 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            del os.environ["TF_CPP_MIN_LOG_LEVEL"]  # read by now, and not for child processes
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)

@@ -85,6 +85,11 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     if len(densities) > 1 and not any(rates.values()):
         raise UserError("nothing would ever be pruned: every prune fraction is 0")
     last = len(densities) - 1
+    if empty := [n for n, d in densities[last].items() if not count(d, _size(shapes[n]))]:
+        raise UserError(
+            f"nothing would be left of {', '.join(empty)} at the last level, which would cut the "
+            "network; ask for fewer levels or a higher density"
+        )
     levels = spec.control_levels or range(1, last + 1)
     if bad := [level for level in levels if not 1 <= level <= last]:
         raise UserError(

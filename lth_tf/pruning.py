@@ -480,15 +480,19 @@ def _rewrap(model: Any, swap: Callable[[Any], Any]) -> tuple[Any, Callable[[], N
         for model, old in before:
             _set_attributes(model, old)
 
-    scope = contextlib.nullcontext() if tf.distribute.has_strategy() else (
-        model.distribute_strategy.scope()
-    )  # fmt: skip
-    with scope:
-        try:
+    try:
+        with _scope(model):
             return exchange_all(model), put_back
-        except Exception:
-            put_back()
-            raise
+    except Exception:
+        put_back()
+        raise
+
+
+def _scope(model: Any) -> Any:
+    """Where variables must be created: the model's strategy, unless one is in force."""
+    if tf.distribute.has_strategy():
+        return contextlib.nullcontext()
+    return model.distribute_strategy.scope()
 
 
 def _is_layer(value: Any) -> bool:
@@ -545,7 +549,8 @@ def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
       mask: kernel name -> array of the kernel's shape with values 0 and 1, for every
         kernel of the model.
       optimizer: whose slots to zero (default: the one the model is compiled with).
-        It may be set up or not: slots that do not exist yet start clean.
+        They need not exist yet, unless they start at other values than 0 (Adagrad):
+        then they are created.
 
     Raises:
       UserError: the model is not pruned, the names, shapes or values do not fit, or
@@ -559,6 +564,8 @@ def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
     optimizer = optimizer or getattr(model, "optimizer", None)
     if optimizer is not None:
         require_maskable(optimizer)
+        if not _probe(optimizer).clean:
+            create_slots(optimizer, model)
     slots = slots_of(optimizer, model) if optimizer is not None else {}
     for w in found:
         for variable in w.masks:
@@ -662,48 +669,70 @@ def _legacy_slots(optimizer: Any, kernel: Any) -> list[Any]:
         return []
 
 
-_PROBED: dict[str, bool] = {}
+def create_slots(optimizer: Any, model: Any) -> None:
+    """Creates the optimizer's variables for a model, which `fit` does in its first step only."""
+    build = getattr(optimizer, "build", None) or optimizer._create_all_weights  # a legacy one
+    with _scope(model):
+        build(model.trainable_variables)
 
 
 def require_maskable(optimizer: Any) -> None:
-    """Raises UserError if a masked weight does not stay 0.0 under this optimizer.
+    """Raises UserError if a masked weight does not stay 0.0 under this optimizer."""
+    if not _probe(optimizer).survives:
+        raise UserError(
+            f"optimizer {type(inner_optimizer(optimizer)).__name__} does not keep a pruned weight "
+            "at 0.0: its state does not survive masking; use adam, adamw, sgd, momentum or nesterov"
+        )
 
-    Tried on a vector of three weights, not looked up in a list: two steps, then one
-    weight and its slots are zeroed, two more steps with gradient 0 there.
-    """
+
+class _Probe(NamedTuple):
+    survives: bool  # a weight stays zero after it and its slots were zeroed
+    clean: bool  # slots of a zero weight without gradients are zero from the beginning
+
+
+_PROBED: dict[str, _Probe] = {}
+
+
+def _probe(optimizer: Any) -> _Probe:
+    """Tries an optimizer on a vector of three weights, rather than look it up in a list."""
     optimizer = inner_optimizer(optimizer)
     config = dict(optimizer.get_config(), learning_rate=0.1)
     if not isinstance(optimizer, keras.optimizers.legacy.Optimizer):
         config["jit_compile"] = False
-    key = f"{type(optimizer).__qualname__} {json.dumps(config, sort_keys=True, default=str)}"
+    key = f"{type(optimizer)} {json.dumps(config, sort_keys=True, default=str)}"
     if key not in _PROBED:
         # In a thread of its own there is no distribution strategy in force.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            _PROBED[key] = pool.submit(_survives, type(optimizer).from_config, config).result()
-    if not _PROBED[key]:
-        raise UserError(
-            f"optimizer {type(optimizer).__name__} does not keep a pruned weight at 0.0: its state "
-            "does not survive masking; use adam, adamw, sgd, momentum or nesterov"
-        )
+            _PROBED[key] = pool.submit(_try, type(optimizer).from_config, config).result()
+    return _PROBED[key]
 
 
-def _survives(make: Callable[[dict], Any], config: dict[str, Any]) -> bool:
-    optimizer = make(config)
+def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> _Probe:
     layer = keras.layers.Dense(1, use_bias=False, dtype="float32")
     model = prune(keras.Sequential([keras.Input((3,)), layer]))
     name, kernel = next(iter(kernels(model).items()))
+
+    def steps(optimizer: Any, gradient: float) -> None:
+        for _ in range(2):
+            optimizer.apply_gradients([(tf.constant([[0.3], [gradient], [0.1]]), kernel)])
+
+    def zero(variable: Any) -> bool:
+        return variable.numpy()[1, 0] == 0  # and not NaN
+
+    fresh, used = make(config), make(config)
+    kernel.assign([[1.0], [0.0], [3.0]])
+    steps(fresh, 0.0)
+    clean = zero(kernel) and all(map(zero, slots_of(fresh, model)[name]))
     kernel.assign([[1.0], [-2.0], [3.0]])
-    for step in range(4):
-        if step == 2:
-            for variable in (kernel, *slots_of(optimizer, model)[name]):
-                variable.assign(tf.constant([[1.0], [0.0], [1.0]]) * variable)
-        gradient = tf.constant([[0.3], [-0.2 if step < 2 else 0.0], [0.1]])
-        optimizer.apply_gradients([(gradient, kernel)])
-    return bool(np.isfinite(kernel.numpy()).all() and kernel.numpy()[1, 0] == 0)
+    steps(used, -0.2)
+    for variable in (kernel, *slots_of(used, model)[name]):
+        variable.assign(tf.constant([[1.0], [0.0], [1.0]]) * variable)
+    steps(used, 0.0)
+    return _Probe(zero(kernel) and bool(np.isfinite(kernel.numpy()).all()), clean)
 
 
 __all__ = [
-    "InvariantError", "MaskedLayer", "assign", "check", "fit", "get_mask", "inner_optimizer",
-    "kernels", "kinds", "plain", "prune", "require_maskable", "set_mask", "slots_of", "strip",
-    "weights",
+    "InvariantError", "MaskedLayer", "assign", "check", "create_slots", "fit", "get_mask",
+    "inner_optimizer", "kernels", "kinds", "plain", "prune", "require_maskable", "set_mask",
+    "slots_of", "strip", "weights",
 ]  # fmt: skip

@@ -102,12 +102,13 @@ class Trained:
 
 @contextlib.contextmanager
 def policy(precision: str) -> Iterator[None]:
-    before = keras.mixed_precision.globalpolicy()
-    keras.mixed_precision.set_globalpolicy(precision)
+    """Within, Keras builds layers under this mixed-precision policy."""
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(precision)
     try:
         yield
     finally:
-        keras.mixed_precision.set_globalpolicy(before)
+        keras.mixed_precision.set_global_policy(before)
 
 
 def strategy_of(spec: Spec) -> Any:

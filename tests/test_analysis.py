@@ -204,6 +204,15 @@ def test_margins_hold_for_every_accuracy():
         assert verdict(top, ticket, control)[:2] == ((0.5, 1), (0.5, 1)), k
 
 
+def test_control_is_measured_against_the_ticket_early_and_against_dense_at_the_end():
+    rows = [
+        row("ticket", 0, early=0.98, end=0.98),
+        row("ticket", 1, early=0.976, end=0.976),
+        row("reinit", 1, early=0.974, end=0.974),
+    ]
+    assert verdict(*rows) == (None, (0.5, 1), 1)
+
+
 def test_equal_early_stop_steps_are_enough():
     rows = [row("ticket", 0, step=100), row("ticket", 1, step=100), row("reinit", 1, **LOST)]
     assert verdict(*rows)[0] == (0.5, 1)

@@ -60,8 +60,8 @@ def test_scorer_and_scope(scorer, scope, density):
         assert s.shape == kernels[name].shape and s.dtype in (np.float32, np.float64)
         assert np.isfinite(s).all()
     assert all(np.array_equal(before[n], w) for n, w in state(model).items())
-    mask, again = (SCOPES[scope](s, density) for s in (scores, SCORERS[scorer](model, kernels,
-                                                                               batches())))  # fmt: skip
+    mask = SCOPES[scope](scores, density)
+    again = SCOPES[scope](SCORERS[scorer](model, kernels, batches()), density)
     assert all(np.array_equal(mask[n], again[n]) for n in mask)
     if scope == "layerwise":
         wanted = sum(count(density, m.size) for m in mask.values())

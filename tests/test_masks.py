@@ -76,6 +76,11 @@ def test_apply_passes_what_has_no_mask():
     assert out["b"] is w["b"] and out["count"] is w["count"]
 
 
+def test_apply_keeps_whole_numbers_whole():
+    out = masks.apply({"k": np.array([0, 1])}, {"k": np.array([5, 2**53 + 1])})["k"]
+    assert out.dtype == np.int64 and out.tolist() == [0, 2**53 + 1]
+
+
 # Shuffling.
 
 

@@ -99,10 +99,8 @@ def _clean(optimizer: Any, model: Any) -> None:
     strategy = getattr(inner, "_distribution_strategy", None) or tf.distribute.get_strategy()
     with strategy.scope():
         fresh = type(optimizer).from_config(optimizer.get_config())
-        for each in (optimizer, fresh):
-            # `fit` builds the optimizer in its first step only.
-            build = getattr(each, "build", None) or each._create_all_weights
-            build(model.trainable_variables)
+    for each in (optimizer, fresh):
+        pruning.create_slots(each, model)
     for old, new in zip(_state(optimizer), _state(fresh), strict=True):
         old.assign(new.read_value())
 
@@ -111,6 +109,6 @@ def _state(optimizer: Any) -> list[Any]:
     inner = pruning.inner_optimizer(optimizer)
     variables = inner.variables() if callable(inner.variables) else inner.variables
     # Of a LossScaleOptimizer `variables` are the inner one's; its own are not public.
-    scale = getattr(optimizer, "_loss_scale", None)
+    scale: Any = getattr(optimizer, "_loss_scale", None)
     dynamic = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []
     return [*variables, *dynamic]

@@ -38,7 +38,7 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(beside, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **dict(arrays))  # type: ignore[arg-type]
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

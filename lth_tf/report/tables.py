@@ -89,13 +89,15 @@ def sentence(found: Winning) -> str:
             f"networks by more than {MARGIN:.1%} while matching the dense one."
         )
     early, end = (
-        f"{f[0]:.2%} density ({f[1]} of {found.replicates} replicates agree)" if f else "no density"
+        f"down to {f[0]:.2%} density ({f[1]} of {found.replicates} replicates agree)"
+        if f
+        else "at no density"
         for f in (found.early, found.end)
     )
     return (
-        f"Tickets are winning down to {early}: they reach their minimum validation loss no later "
-        "than the dense network and are as accurate there, re-initialised ones are not; at the "
-        f"end of training they still match it, and re-initialised ones do not, down to {end}."
+        f"Tickets are winning {early}: they reach their minimum validation loss no later than the "
+        "dense network and are as accurate there, and re-initialised ones are not. At the end of "
+        f"training they still match it, and re-initialised ones do not, {end}."
     )
 
 
