@@ -31,6 +31,7 @@ BASE = Spec(
     prune_fraction_output=0.1,
     controls=("reinit",),
     control_levels=(2,),
+    compile="off",  # XLA takes longer to compile than these take to train
 )
 
 
@@ -297,6 +298,7 @@ def test_refuses(tmp_path, changes, words):
 FLAGS = [
     "--dataset=digits", "--model=lenet_20_10", "--validation_size=100", "--train_steps=400",
     "--eval_every=50", "--batch_size=30", "--levels=4", "--rewind_step=100", "--controls=reinit",
+    "--compile=off",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from lth_tf.tools import imp
 
 TINY = [
     "--dataset=digits", "--model=lenet_20_10", "--validation_size=100", "--train_steps=20",
-    "--eval_every=10", "--batch_size=30", "--levels=2",
+    "--eval_every=10", "--batch_size=30", "--levels=2", "--compile=off",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ BASE = Spec(
     train_steps=60,
     eval_every=20,
     batch_size=30,
+    compile="off",  # XLA takes longer to compile than these take to train
 )
 
 
@@ -106,8 +107,9 @@ def test_loop_equals_a_training_written_out_by_hand(name, update, changes):
         np.testing.assert_allclose(trained[n], oracle[n], rtol=1e-7, atol=1e-9)
 
 
-def test_same_bits_again_and_whatever_the_blocks_are():
-    s = spec()
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_same_bits_again_and_whatever_the_blocks_are(compile):
+    s = spec(compile=compile)
     weights, mask = start(s)
     trainer = Trainer(s, DIGITS)
     first = trainer.train(weights, mask, 0, 60)
@@ -117,7 +119,7 @@ def test_same_bits_again_and_whatever_the_blocks_are():
     assert same(first.weights, again.weights)
     drop = [{k: v for k, v in row.items() if k != "seconds"} for row in first.rows]
     assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in again.rows]
-    blocks = run(spec(eval_every=7))
+    blocks = run(spec(eval_every=7, compile=compile))
     assert same(first.weights, blocks.weights)
 
 
