@@ -7,6 +7,7 @@ Keras 3 and tfmot refuses every model with a misleading message.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -54,9 +55,21 @@ with _quiet():
 
 PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
-__all__ = ["PruneLowMagnitude", "is_keras_3", "keras", "tf", "tfmot"]
+__all__ = ["PruneLowMagnitude", "is_keras_3", "keras", "os_errors", "tf", "tfmot"]
 
 
 def is_keras_3(thing: object) -> bool:
     """Says whether an object's class comes from Keras 3, which this package cannot prune."""
     return any(c.__module__.split(".")[0] == "keras" for c in type(thing).__mro__)
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Turns TensorFlow's errors back into the OSErrors of which they keep the text only."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code)) from error
+        raise

@@ -14,6 +14,7 @@ from lth_tf import analysis, masks, pruning, schedules, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.branches import BRANCHES
 from lth_tf.callbacks import Summaries
+from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
@@ -128,7 +129,8 @@ class Laboratory:
         self.spec, self.workdir, self.progress = spec, workdir, progress
         self.trainer = Trainer(spec, dataset)
         self.plan = plan(spec, self.trainer.input_shape, self.trainer.classes)
-        self.summary: list[dict[str, Any]] = []
+        written = workdir / "summary.csv"
+        self.summary: list[dict[str, Any]] = read_csv(written) if written.exists() else []
 
     def ticket(self, folder: Path, make: Callable[[], Ticket]) -> Ticket:
         """Returns the folder's ticket; makes and saves it where there is none."""
@@ -162,7 +164,7 @@ class Laboratory:
                 self.progress.begin(what, start)
                 callbacks.append(self.progress)
             try:
-                with storage.explained(logs):
+                with storage.explained(logs), os_errors():
                     trained = self.trainer.train(
                         ticket.weights,
                         ticket.mask,
@@ -183,7 +185,9 @@ class Laboratory:
             write_csv(metrics, METRICS, rows)
             save_trained(path, weights, ticket)
         row = analysis.summary_row(arm, replicate, ticket.level, ticket.density, rows)
-        self.summary.append(row)
+        key = arm, replicate, ticket.level
+        others = [r for r in self.summary if (r["arm"], r["replicate"], r["level"]) != key]
+        self.summary = [*others, row]
         analysis.write_summary(self.workdir, self.summary)
         if self.progress:
             self.progress.finish(what, row)
@@ -295,8 +299,9 @@ def claim(workdir: Path, spec: Spec) -> None:
         except ValueError as error:
             raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
         mine, theirs = spec.identity(), found.identity()
-        if differing := [name for name in mine if mine[name] != theirs[name]]:
-            listed = "; ".join(f"{n} is {theirs[n]!r} there, {mine[n]!r} here" for n in differing)
+        if differing := [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]:
+            there, here = found.as_dict(), spec.as_dict()
+            listed = "; ".join(f"{n} is {there[n]!r} there, {here[n]!r} here" for n in differing)
             raise UserError(
                 f"{str(workdir)!r} belongs to another experiment: {listed}; choose another "
                 "--workdir or the same values"

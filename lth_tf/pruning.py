@@ -686,8 +686,8 @@ def require_maskable(optimizer: Any) -> None:
 
 
 class _Probe(NamedTuple):
-    survives: bool  # a weight stays zero after it and its slots were zeroed
-    clean: bool  # slots of a zero weight without gradients are zero from the beginning
+    survives: bool  # a weight and its slots stay zero after they were zeroed
+    clean: bool  # the slots of a weight that is zero and has gradient zero start at zero
 
 
 _PROBED: dict[str, _Probe] = {}
@@ -696,9 +696,8 @@ _PROBED: dict[str, _Probe] = {}
 def _probe(optimizer: Any) -> _Probe:
     """Tries an optimizer on a vector of three weights, rather than look it up in a list."""
     optimizer = inner_optimizer(optimizer)
-    config = dict(optimizer.get_config(), learning_rate=0.1)
-    if not isinstance(optimizer, keras.optimizers.legacy.Optimizer):
-        config["jit_compile"] = False
+    config = dict(optimizer.get_config())
+    config |= {k: v for k, v in (("learning_rate", 0.1), ("jit_compile", False)) if k in config}
     key = f"{type(optimizer)} {json.dumps(config, sort_keys=True, default=str)}"
     if key not in _PROBED:
         # In a thread of its own there is no distribution strategy in force.
@@ -716,19 +715,20 @@ def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> _Probe:
         for _ in range(2):
             optimizer.apply_gradients([(tf.constant([[0.3], [gradient], [0.1]]), kernel)])
 
-    def zero(variable: Any) -> bool:
-        return variable.numpy()[1, 0] == 0  # and not NaN
+    def zeros(optimizer: Any) -> bool:
+        values = [v.numpy() for v in (kernel, *slots_of(optimizer, model)[name])]
+        return all(np.isfinite(v).all() and v[1, 0] == 0 for v in values)
 
     fresh, used = make(config), make(config)
     kernel.assign([[1.0], [0.0], [3.0]])
     steps(fresh, 0.0)
-    clean = zero(kernel) and all(map(zero, slots_of(fresh, model)[name]))
+    clean = zeros(fresh)
     kernel.assign([[1.0], [-2.0], [3.0]])
     steps(used, -0.2)
     for variable in (kernel, *slots_of(used, model)[name]):
         variable.assign(tf.constant([[1.0], [0.0], [1.0]]) * variable)
     steps(used, 0.0)
-    return _Probe(zero(kernel) and bool(np.isfinite(kernel.numpy()).all()), clean)
+    return _Probe(zeros(used), clean)
 
 
 __all__ = [

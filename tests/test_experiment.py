@@ -238,6 +238,34 @@ def test_another_spec_is_refused_and_named(workdir):
         imp(spec(batch_size=31, train_steps=41), workdir, DIGITS)
 
 
+def test_one_shot_on_an_iterative_workdir_is_refused(workdir):
+    with pytest.raises(UserError, match=r"one_shot is False there, True here"):
+        imp(spec(one_shot=True), workdir, DIGITS)
+
+
+def test_a_smaller_run_loses_no_rows(tmp_path):
+    plain = spec(levels=2, controls=(), control_levels=())
+    rows = imp(plain, tmp_path, DIGITS)
+    again = imp(dataclasses.replace(plain, levels=1), tmp_path, DIGITS)
+    assert sorted(r["level"] for r in again) == [0, 1, 2]
+    assert read_csv(tmp_path / "summary.csv") == rows
+
+
+def test_full_disk_is_one_sentence_wherever_it_strikes(tmp_path):
+    """Many histograms fill the disk from TensorFlow's C++; needs root for a tiny tmpfs."""
+    if os.geteuid() or subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", tmp_path], capture_output=True
+    ).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        s = spec(histograms=True, eval_every=1, controls=(), control_levels=())
+        with pytest.raises(UserError, match="the disk is full.*what is finished is kept"):
+            imp(s, tmp_path / "run", DIGITS)
+        assert load_ticket(folder(tmp_path / "run", 0) / "ticket.safetensors").level == 0
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
 def test_damaged_ticket_is_refused_and_can_be_made_anew(tmp_path):
     s = spec(levels=1, controls=(), control_levels=())
     imp(s, tmp_path, DIGITS)

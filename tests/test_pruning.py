@@ -47,6 +47,13 @@ def small(**options):
     )
 
 
+def two_replicas():
+    # Collectives of several strategies in one process would get in each other's way.
+    return tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
 class Zeros(keras.callbacks.Callback):
     """Checks weights and slots after every step."""
 
@@ -121,13 +128,7 @@ def test_regularizers_and_constraints_do_not_leak(options):
 def test_zeros_stay_zero_in_every_precision(policy):
     keras.mixed_precision.set_global_policy(policy)
     try:
-        # Each layer has a dtype of its own, one inside another.
-        inner = keras.Sequential([layers.Dense(4), layers.Dense(4, dtype="float32")])
-        model = prune(
-            keras.Sequential([keras.Input((6,)), layers.TimeDistributed(inner), layers.Dense(3)])
-            if policy == "float64"
-            else small(kernel_regularizer="l2")
-        ) if policy != "float64" else prune(small())
+        model = prune(small(kernel_regularizer=regularizers.OrthogonalRegularizer(0.1)))
         optimizer = optimizers.Adam(0.01, use_ema=True)
         if policy == "mixed_float16":
             optimizer = keras.mixed_precision.LossScaleOptimizer(optimizer)
@@ -149,7 +150,7 @@ def test_zeros_stay_zero_under_xla():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_zeros_stay_zero_on_two_replicas(policy):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     keras.mixed_precision.set_global_policy(policy)
     try:
         with strategy.scope():
@@ -321,9 +322,8 @@ def sequence():
     y = layers.Embedding(9, 4, mask_zero=True)(ids)
     y = Picky()(y, 2.0, training=False)
     y = layers.MultiHeadAttention(2, 3)(y, value=x, use_causal_mask=True)
-    y = layers.Bidirectional(layers.LSTM(2, return_sequences=True))(y)
-    y = layers.GRU(4, return_sequences=True)(y, initial_state=state)
-    y = layers.RNN([layers.SimpleRNNCell(3), layers.LSTMCell(3)])(y)
+    y = layers.Bidirectional(layers.SimpleRNN(2, return_sequences=True))(y)
+    y = layers.GRU(4)(y, initial_state=state)
     return keras.Model([ids, state], layers.Dense(3)(y))
 
 
@@ -357,7 +357,7 @@ IDS = np.random.default_rng(0).integers(0, 9, (8, 5))
 MODELS = {
     "functional": (functional, [examples(8, 6), examples(8, 3, 6)], 3),
     "nested": (nested, examples(8, 6), 6),
-    "sequence": (sequence, [IDS, examples(8, 4)], 17),
+    "sequence": (sequence, [IDS, examples(8, 4)], 13),
     "images": (images, examples(8, 8, 8, 2), 7),
     "custom": (custom, examples(8, 6), 6),
     "deferred": (deferred, examples(8, 6), 2),
@@ -370,21 +370,14 @@ def test_every_model_is_pruned_trained_and_stripped(name):
     make, x, count = MODELS[name]
     model = make()
     names, outputs = list(weights(model)), model(x)
-    losses = [float(v) for v in model.losses if not isinstance(v, type(tf.Graph))] if (
-        tf.executing_eagerly() and name == "subclassed"
-    ) else None
     assert len(kernels(model)) == count
-    assert sum(v.shape.num_elements() for v in weights(model).values()) == sum(
-        v.shape.num_elements() for v in model.weights if "metric" not in v.name
-        and v.name not in ("total:0", "count:0")
-    )
+    assert {id(v) for v in model.trainable_variables} <= {id(v) for v in weights(model).values()}
 
     pruned = prune(model)
     assert list(weights(pruned)) == names
     assert list(get_mask(pruned)) == list(kernels(pruned))
     assert all(m.dtype == np.uint8 and m.all() for m in get_mask(pruned).values())
     tf.nest.map_structure(np.testing.assert_array_equal, pruned(x), outputs)
-    assert losses is None or losses == [float(v) for v in pruned.losses]
 
     y = tf.nest.map_structure(lambda o: np.ones(o.shape, np.float32), outputs)
     start = {n: v.numpy() for n, v in weights(pruned).items()}
@@ -427,24 +420,21 @@ def test_names_are_unique_paths_that_do_not_count_the_layers_of_the_process(name
 
 
 def test_names():
-    assert list(kernels(sequence())) == [
-        "conv1d/kernel",
-        "picky/kernel",
+    a = keras.Input((5, 4))
+    x = layers.RNN([layers.SimpleRNNCell(3), layers.LSTMCell(3)], return_sequences=True)(a)
+    x = keras.Sequential([layers.Conv1DTranspose(2, 2), layers.PReLU()])(x)
+    x = layers.Bidirectional(layers.GRU(2))(layers.MultiHeadAttention(1, 2)(x, x))
+    x = layers.Dense(2)(layers.Dense(2, name="dense_7")(layers.Dense(2, name="my_dense_7")(x)))
+    pair = "kernel", "recurrent_kernel"
+    assert list(kernels(keras.Model(a, x))) == [
+        *(f"rnn/stacked_rnn_cells/{c}_cell/{k}" for c in ("simple_rnn", "lstm") for k in pair),
+        "sequential/conv1d_transpose/kernel",
         *(f"multi_head_attention/{p}/kernel" for p in ("query", "key", "value")),
         "multi_head_attention/attention_output/kernel",
-        *(
-            f"bidirectional/{d}_lstm/lstm_cell/{k}"
-            for d in ("forward", "backward")
-            for k in ("kernel", "recurrent_kernel")
-        ),
-        "gru/gru_cell/kernel",
-        "gru/gru_cell/recurrent_kernel",
-        *(
-            f"rnn/stacked_rnn_cells/{c}/{k}"
-            for c in ("simple_rnn_cell", "lstm_cell")
-            for k in ("kernel", "recurrent_kernel")
-        ),
+        *(f"bidirectional/{d}_gru/gru_cell/{k}" for d in ("forward", "backward") for k in pair),
+        "my_dense_7/kernel",
         "dense/kernel",
+        "dense_1/kernel",
     ]
 
     class Same(keras.Model):
@@ -585,14 +575,14 @@ def test_tfmot_accepts_a_pruned_model(tmp_path):
 
 
 def nested_for_files():
-    """Equal names inside and outside, kernels made in the first call, a registered layer."""
+    """A layer in a layer, kernels made in the first call, a model in a model."""
     a = keras.Input((4,))
-    inner = keras.Model(a, layers.Dense(4, name="d")(Pair(name="p")(a)))
+    inner = keras.Model(a, layers.Dense(4)(Pair()(a)))
     b = keras.Input((5, 4))
     x = layers.MultiHeadAttention(1, 2)(b, b)
     x = layers.TimeDistributed(layers.Dense(4))(x)
-    x = layers.BatchNormalization()(inner(layers.LSTM(4, kernel_regularizer="l2")(x)))
-    return keras.Model(b, layers.Dense(3, name="d")(x))
+    x = layers.BatchNormalization()(inner(layers.SimpleRNN(4, kernel_regularizer="l2")(x)))
+    return keras.Model(b, layers.Dense(3)(x))
 
 
 def assert_same(loaded, model, x):
@@ -649,8 +639,7 @@ def test_a_stripped_model_is_a_plain_one(tmp_path):
     stripped = strip(model)
     stripped.save(tmp_path / "saved_model")
     stripped.save(tmp_path / "m.keras")
-    with np.testing.suppress_warnings() as _:
-        loaded = keras.models.load_model(tmp_path / "saved_model")
+    loaded = keras.models.load_model(tmp_path / "saved_model")
     np.testing.assert_array_equal(loaded(x), model(x))
     assert "lth_tf" not in stripped.to_json()
 
@@ -668,7 +657,7 @@ def test_set_mask_before_and_after_slots_exist():
     assert len(slots) == 2
     for slot in slots:
         slot.assign(np.full((6, 5), np.nan, np.float32))
-    with pytest.raises(InvariantError, match="Adam/m/a/kernel"):
+    with pytest.raises(InvariantError, match="m/a/kernel"):
         check(model, optimizer)
     set_mask(model, get_mask(model), optimizer)
     check(model, optimizer)
@@ -698,12 +687,24 @@ def test_slots_are_found_where_names_collide(subset):
     assert counts == {"one/d/kernel": 0 if subset else 2, "two/d/kernel": 2}
 
 
-def test_ftrl_is_refused():
+@pytest.mark.parametrize("name", ["Ftrl", "Adafactor"])  # NaN; slots that mix the weights
+def test_optimizers_whose_state_does_not_survive_are_refused(name):
     model = prune(small())
-    for optimizer in (optimizers.Ftrl(), optimizers.legacy.Ftrl()):
-        with pytest.raises(UserError, match="Ftrl.*adam"):
-            set_mask(model, random_mask(model), optimizer)
+    optimizer = keras.mixed_precision.LossScaleOptimizer(getattr(optimizers, name)())
+    with pytest.raises(UserError, match=f"{name}.*use adam"):
+        set_mask(model, random_mask(model), optimizer)
     assert all(m.all() for m in get_mask(model).values())
+
+
+def test_all_other_optimizers_of_keras_are_accepted():
+    for name in ("Adadelta", "Adamax", "Lion", "Nadam", "RMSprop"):
+        assert pruning._probe(getattr(optimizers, name)()) == (True, True)
+    assert pruning._probe(optimizers.Adagrad()) == (True, False)
+    keras.mixed_precision.set_global_policy("float64")
+    try:
+        pruning.require_maskable(optimizers.Adam(0.1, beta_1=0.8))
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
 
 
 def test_an_optimizer_that_hides_its_slots_is_refused():
@@ -866,7 +867,7 @@ def test_replicas_that_wait_inside_a_masked_layer_are_refused():
         def call(self, x):
             return self.norm(self.dense(x))
 
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with two_replicas().scope():
         model = prune(keras.Sequential([keras.Input((4,)), Synchronized()]))
         model.compile("sgd", "mse")
     with pytest.raises(Exception, match="make it a keras.Model"):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lth_tf.compat import tf
+from lth_tf.compat import os_errors, tf
 from lth_tf.exporters.served import Reread, Served
 
 
@@ -34,7 +31,7 @@ def saved_model(served: Served, folder: Path) -> Reread:
       OSError: it cannot be written.
     """
     signatures = {"serving_default": served.logits, "serving_uint8": served.logits_uint8}
-    with _os_errors():
+    with os_errors():
         tf.saved_model.save(served, str(folder), signatures=signatures)
     with tf.device("cpu:0"):
         loaded = tf.saved_model.load(str(folder))
@@ -48,15 +45,3 @@ def saved_model(served: Served, folder: Path) -> Reread:
 def _caller(loaded: Any, signature: str) -> Callable[[np.ndarray], np.ndarray]:
     function = loaded.signatures[signature]
     return lambda images: function(images=tf.constant(images))["logits"].numpy()
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Turns TensorFlow's errors back into the OSErrors of which they keep the text only."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            if os.strerror(code) in str(error):
-                raise OSError(code, os.strerror(code)) from error
-        raise
