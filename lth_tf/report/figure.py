@@ -57,8 +57,9 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         if factor == 100.0:
             # Networks cut down to chance would flatten all that is of interest.
-            top = max(shown)
-            ax.set_ylim(max(min(shown), top - 25) - 0.5, min(100.0, top + 1))
+            top, bottom = max(shown), max(min(shown), max(shown) - 25)
+            room = 0.1 * (top - bottom) + 0.2
+            ax.set_ylim(bottom - room, top + room)
         ax.set_xlabel("density (% of weights kept)")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
