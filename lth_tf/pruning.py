@@ -57,7 +57,6 @@ class MaskedLayer(PruneLowMagnitude):
         self._call_spec = layer._call_spec
         self._autocast = layer._autocast
         self.supports_masking = layer.supports_masking
-        self.stateful = layer.stateful
         # Past Keras' tracking: the kernels belong to the layer and are saved with it.
         self.__dict__["_shapes"] = [tuple(shape) for shape in masks]
         self.__dict__["pruning_vars"] = []
@@ -336,7 +335,8 @@ def prune(model: Any) -> Any:
 
     Functional and Sequential models come back as a new model that shares all layers
     with the given one; a subclassed model is changed in place, attribute by attribute,
-    and returned. Compile the result before `fit`.
+    and returned (of it Keras can save and load weights, into a pruned model of the same
+    class, but not the whole). Compile the result before `fit`.
 
     Args:
       model: a built tf_keras model: functional, Sequential, nested or subclassed.
@@ -453,7 +453,7 @@ def _rewrap(model: Any, swap: Callable[[Any], Any]) -> tuple[Any, Callable[[], N
       The model, new or changed in place, and a function that undoes what was done in place.
     """
     done: dict[int, tuple[Any, Any]] = {}  # what is used twice is swapped once
-    before: list[tuple[Any, dict[str, Any]]] = []
+    before: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
 
     def exchange(value: Any) -> Any:
         if not _is_layer(value):
@@ -472,13 +472,15 @@ def _rewrap(model: Any, swap: Callable[[Any], Any]) -> tuple[Any, Callable[[], N
             for name, value in vars(model).items()
             if id(value) in tracked and any(map(_is_layer, tf.nest.flatten(value)))
         }
-        before.append((model, old))
-        _set_attributes(model, {n: tf.nest.map_structure(exchange, v) for n, v in old.items()})
+        traced = {f: getattr(model, f) for f in _TRACED}
+        before.append((model, old, traced))
+        new = {name: tf.nest.map_structure(exchange, value) for name, value in old.items()}
+        _set_attributes(model, new, dict.fromkeys(traced))
         return model
 
     def put_back() -> None:
-        for model, old in before:
-            _set_attributes(model, old)
+        for model, old, traced in before:
+            _set_attributes(model, old, traced)
 
     try:
         with _scope(model):
@@ -500,14 +502,16 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, keras.layers.Layer) and not isinstance(value, keras.metrics.Metric)
 
 
-def _set_attributes(model: Any, values: dict[str, Any]) -> None:
+# What was traced with some layers must not be used with others.
+_TRACED = "train_function", "test_function", "predict_function"
+
+
+def _set_attributes(model: Any, layers: dict[str, Any], traced: dict[str, Any]) -> None:
     # All are deleted first and set in their old order, because weights come in this order.
-    for name in values:
+    for name in layers:
         delattr(model, name)
-    for name, value in values.items():
+    for name, value in (layers | traced).items():
         setattr(model, name, value)
-    # What was traced with the former layers must not be used again.
-    model.train_function = model.test_function = model.predict_function = None
 
 
 def _clone(model: Any, exchange: Callable[[Any], Any]) -> Any:

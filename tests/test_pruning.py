@@ -376,6 +376,8 @@ def test_every_model_is_pruned_trained_and_stripped(name):
     pruned = prune(model)
     assert list(weights(pruned)) == names
     assert list(get_mask(pruned)) == list(kernels(pruned))
+    wrapped = [v.layer for v in pruned._flatten_layers() if isinstance(v, MaskedLayer)]
+    assert len({id(layer) for layer in wrapped}) == len(wrapped)
     assert all(m.dtype == np.uint8 and m.all() for m in get_mask(pruned).values())
     tf.nest.map_structure(np.testing.assert_array_equal, pruned(x), outputs)
 
@@ -520,6 +522,26 @@ def test_own_training_steps_are_kept():
     assert pruned.fit(examples(4, 6), verbose=0).history == {"loss": [42.0]}
 
 
+def test_nothing_traced_before_is_used_again():
+    class Score(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with plain(self.model) as stripped:
+                stripped.predict(x, verbose=0)
+
+    x, y = examples(8, 6), examples(8, 3)
+    model = Single()
+    model.compile("adam", "mse")
+    model.fit(x, y, verbose=0)
+    prune(model)
+    set_mask(model, random_mask(model))
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[Score(), Zeros()])
+    outputs = model.predict(x, verbose=0)
+    assert strip(model) is model
+    np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
+    model.fit(x, y, verbose=0)
+    assert all(k.numpy().all() for k in kernels(model).values())
+
+
 # --- Regularization --------------------------------------------------------------------
 
 
@@ -619,6 +641,16 @@ def test_saved_weights_keep_masks(path, for_files, tmp_path):
     model, x = for_files
     model.save_weights(tmp_path / path)
     fresh = prune(nested_for_files())
+    fresh.load_weights(tmp_path / path)
+    assert_same(fresh, model, x)
+
+
+@pytest.mark.parametrize("path", ["w", "w.h5", "w.weights.h5"])
+def test_saved_weights_of_a_subclassed_model_keep_masks(path, tmp_path):
+    x = examples(2, 6)
+    model, fresh = prune(subclassed()), prune(subclassed())
+    set_mask(model, random_mask(model))
+    model.save_weights(tmp_path / path)
     fresh.load_weights(tmp_path / path)
     assert_same(fresh, model, x)
 
