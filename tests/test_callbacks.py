@@ -27,7 +27,7 @@ def shown(monkeypatch, terminal=False):
 
 def test_lines_where_there_is_no_terminal(monkeypatch):
     text = shown(monkeypatch)
-    assert "50 steps/s, evaluations included: about 1 min to go" in text
+    assert "50 steps/s, evaluations included: less than a minute to go" in text
     assert "replicate 0 level 1 ticket: density 0.5000, early stop at 7 with 90.00%" in text
     assert "300 of 1,000 steps" in text
 

@@ -80,9 +80,13 @@ class Progress(keras.callbacks.Callback):
         elif not self._estimated and now - self._first[0] > 3:
             self._estimated = True
             rate = (self._done - self._first[1]) / (now - self._first[0])
-            hours = (self.steps - self._done) / rate / 3600
-            remaining = f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(hours * 60))} min"
+            minutes = (self.steps - self._done) / rate / 60
+            remaining = (
+                f"about {minutes / 60:.1f} h" if minutes >= 60
+                else f"about {minutes:.0f} min" if minutes >= 1
+                else "less than a minute"
+            )  # fmt: skip
             self.console.print(
-                f"{rate:,.0f} steps/s, evaluations included: about {remaining} to go",
+                f"{rate:,.0f} steps/s, evaluations included: {remaining} to go",
                 highlight=False,
             )
