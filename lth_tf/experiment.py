@@ -136,7 +136,12 @@ class Laboratory:
         """Returns the folder's ticket; makes and saves it where there is none."""
         path = folder / "ticket.safetensors"
         if path.exists():
-            return load_ticket(path)
+            ticket = load_ticket(path)
+            if ticket.spec.identity() != self.spec.identity():
+                raise UserError(
+                    f"{str(path)!r} is a ticket of another experiment; choose another --workdir"
+                )
+            return ticket
         ticket = make()
         ticket.save(path)
         return ticket
@@ -150,9 +155,10 @@ class Laboratory:
         replicate, arm = ticket.origin["replicate"], ticket.origin["arm"]
         what = f"replicate {replicate} level {ticket.level} {arm}"
         path, metrics = folder / "trained.safetensors", folder / "metrics.csv"
+        needed = [path, metrics, *([folder / "rewind.safetensors"] if capture else [])]
         start = ticket.rewind_step
         stop = self.spec.train_steps if ticket.level == 0 else self.spec.retrain_span[1]
-        if path.exists():
+        if all(file.exists() for file in needed):
             weights, rows = load_trained(path), read_csv(metrics)
             if self.progress:
                 self.progress.skip(stop - start)
@@ -299,7 +305,12 @@ def claim(workdir: Path, spec: Spec) -> None:
         except ValueError as error:
             raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
         mine, theirs = spec.identity(), found.identity()
-        if differing := [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]:
+        differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+        if differing and next(finished(workdir), None) is None:
+            # Whoever had it never finished a training: a first try with a mistake in it.
+            for folder in workdir.glob("replicate_*"):
+                shutil.rmtree(folder)
+        elif differing:
             there, here = found.as_dict(), spec.as_dict()
             listed = "; ".join(f"{n} is {there[n]!r} there, {here[n]!r} here" for n in differing)
             raise UserError(

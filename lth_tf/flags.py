@@ -112,6 +112,11 @@ def define_spec() -> None:
 
 def spec_from_flags() -> Spec:
     """Returns the Spec that the command line describes; raises UserError as Spec does."""
+    if flags.FLAGS.preset:  # those on the command line were replaced by `expand`
+        raise UserError(
+            f"--preset={flags.FLAGS.preset} inside a flag file is not expanded; write "
+            f"--flagfile={presets().get(flags.FLAGS.preset, 'PATH')} there"
+        )
     values = flags.FLAGS.flag_values_dict()
     return Spec(**{field.name: values[field.name] for field in dataclasses.fields(Spec)})
 

@@ -142,6 +142,11 @@ class Spec:
             raise UserError(
                 f"rewind_step {self.rewind_step} is neither a whole step nor a fraction below 1"
             )
+        if self.rewind_step and not self.rewind_at:
+            raise UserError(
+                f"rewind_step {self.rewind_step:g} of train_steps {self.train_steps} is less than "
+                "one step; give 0 or a larger fraction"
+            )
         if self.rewind_at >= self.train_steps:
             raise UserError(
                 f"rewind_step {self.rewind_step:g} lies behind the end of training; it must be "
@@ -209,6 +214,8 @@ class Spec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spec:
         """Returns the Spec that `as_dict` wrote; raises UserError for unknown fields."""
+        if not isinstance(values, dict):
+            raise UserError(f"a spec is a JSON object, not {type(values).__name__}")
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in names:

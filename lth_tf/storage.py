@@ -35,9 +35,9 @@ def explained(path: os.PathLike | str) -> Iterator[None]:
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             advice = "a file is in the way of a folder, or a folder of a file; choose another name"
         else:
-            raise
+            advice = "choose another --workdir"
         raise UserError(
-            f"cannot write {os.fspath(path)!r} ({os.strerror(error.errno)}): {advice}; what is "
+            f"cannot write {os.fspath(path)!r} ({os.strerror(error.errno or 0)}): {advice}; what is "
             "finished is kept"
         ) from error
 

@@ -174,7 +174,8 @@ class Trainer:
         with policy(spec.precision), self.strategy.scope():
             plain = MODELS[spec.model](self.input_shape, self.classes, spec.seed, init=spec.init)
             self.model = pruning.prune(plain)
-            self.model.compile(OPTIMIZERS[spec.optimizer](_rate(spec), spec))
+            self._rate = _rate(spec)
+            self.model.compile(OPTIMIZERS[spec.optimizer](self._rate, spec))
             self.optimizer = self.model.optimizer
             self.optimizer.build(self.model.trainable_variables)
         pruning.require_maskable(self.optimizer)
@@ -309,6 +310,8 @@ class Trainer:
         rewind = Rewind(weights, mask, step=start, capture=capture)
         hooks = keras.callbacks.CallbackList([rewind, *callbacks], model=self.model)
         self.model.stop_training = False
+        if isinstance(self._rate, float):  # a callback may have changed it
+            pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
         hooks.on_train_begin()
         rows: list[dict[str, Any]] = []
         step, since, total = start, start, 0.0
@@ -345,7 +348,8 @@ class Trainer:
         buffer[: end - step] = feeds.batch_indices(
             seed, step, end - step, self.examples, self.spec.batch_size
         )
-        loss, bad = self._chunk(*self.parts["train"], tf.constant(buffer), end - step)
+        count = tf.constant(end - step)
+        loss, bad = self._chunk(*self.parts["train"], tf.constant(buffer), count)
         if int(bad) >= 0:
             raise DivergedError(
                 f"the training loss is not finite at step {step + int(bad)}; lower "

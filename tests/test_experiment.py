@@ -243,6 +243,33 @@ def test_one_shot_on_an_iterative_workdir_is_refused(workdir):
         imp(spec(one_shot=True), workdir, DIGITS)
 
 
+def test_a_first_try_that_finished_nothing_does_not_keep_the_workdir(tmp_path):
+    with pytest.raises(UserError, match="batch_size 5000 exceeds"):
+        imp(spec(batch_size=5000), tmp_path, DIGITS)
+    with pytest.raises(UserError, match="not finite"):
+        imp(spec(optimizer="sgd", learning_rate=1e30, levels=1, control_levels=(1,)), tmp_path,
+            DIGITS)  # fmt: skip
+    imp(spec(levels=0, controls=(), control_levels=()), tmp_path, DIGITS)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "rewind.safetensors", "trained.safetensors"])
+def test_a_level_that_lost_a_file_is_done_again_alike(tmp_path, name):
+    s = spec(levels=1, rewind_step=10, controls=(), control_levels=())
+    imp(s, tmp_path, DIGITS)
+    before = contents(tmp_path)
+    (folder(tmp_path, 0) / name).unlink()
+    imp(s, tmp_path, DIGITS)
+    assert contents(tmp_path) == before
+
+
+def test_a_ticket_of_another_spec_is_not_adopted(tmp_path):
+    s = spec(levels=0, controls=(), control_levels=())
+    imp(s, tmp_path, DIGITS)
+    (tmp_path / "spec.json").unlink()
+    with pytest.raises(UserError, match="ticket of another experiment"):
+        imp(dataclasses.replace(s, batch_size=20), tmp_path, DIGITS)
+
+
 def test_a_smaller_run_loses_no_rows(tmp_path):
     plain = spec(levels=2, controls=(), control_levels=())
     rows = imp(plain, tmp_path, DIGITS)

@@ -110,12 +110,14 @@ def test_typos_die_at_parse_time(word, message):
     "word, message",
     [
         ("--preset=mnist_lenet", "unknown preset 'mnist_lenet'; there are: .*Did you mean"),
+        ("--flagfile={nested}", "--preset=digits_lenet_imp inside a flag file is not expanded"),
         ("--flagfile=nowhere.flags", "there is no flag file 'nowhere.flags'"),
         ("--learning_rate=-1", "learning_rate -1.0 is out of range"),
         ("--target_density=1.5", "target_density 1.5 is out of range"),
         ("--lr_schedule=steps", "needs lr_drops"),
     ],
 )
-def test_wrong_values_are_explained(word, message):
+def test_wrong_values_are_explained(tmp_path, word, message):
+    (tmp_path / "nested.flags").write_text("--preset=digits_lenet_imp\n")
     with pytest.raises(UserError, match=message):
-        parse(word)
+        parse(word.format(nested=tmp_path / "nested.flags"))

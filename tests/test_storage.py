@@ -68,7 +68,7 @@ def test_permissions_are_those_of_the_umask(tmp_path):
     ("error", "raised"),
     [
         (OSError(errno.ENOSPC, "full"), UserError),
-        (OSError(errno.EIO, "broken"), OSError),
+        (OSError(errno.EIO, "broken"), UserError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )

@@ -267,6 +267,25 @@ def test_callbacks_fire_at_boundaries_stop_and_change_the_rate():
     assert trained.rows[-1]["learning_rate"] == 0.0
 
 
+def test_a_changed_rate_does_not_outlive_its_training():
+    class Lower(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.optimizer.learning_rate.assign(0.0)
+
+    weights, mask = start(BASE)
+    trainer = Trainer(BASE, DIGITS)
+    first = trainer.train(weights, mask, 0, 20)
+    assert same(trainer.train(weights, mask, 0, 20, callbacks=[Lower()]).weights, weights)
+    assert same(trainer.train(weights, mask, 0, 20).weights, first.weights)
+
+
+def test_blocks_of_any_length_share_one_graph():
+    trainer = Trainer(spec(compile="on"), DIGITS)
+    trainer.train(*start(BASE), 0, 33)
+    trainer.train(*start(BASE), 7, 20)
+    assert trainer._chunk.experimental_get_tracing_count() == 1
+
+
 def test_keras_own_callbacks_work():
     plateau = keras.callbacks.ReduceLROnPlateau(
         monitor="validation_loss", factor=0.5, patience=0, min_delta=10.0

@@ -28,7 +28,7 @@ def main() -> None:
         return
     workdir = Path(WORKDIR.value or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
     rows = experiment.imp(spec, workdir, data, lambda p: Progress(console, p.steps))
-    report.finish(console, rows, workdir, f"{spec.model} on {spec.dataset}")
+    report.finish(console, rows, workdir, spec)
 
 
 def run() -> None:

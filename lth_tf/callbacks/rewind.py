@@ -20,6 +20,9 @@ class Rewind(keras.callbacks.Callback):
     the step counter and an optimizer state as if nothing had been trained (Frankle
     and Carbin 2019, section 1, step 4; Frankle et al. 2020 for steps above 0).
 
+    A learning rate that another callback changed is not put back: what it was before is
+    nowhere written.
+
     Args:
       weights: path -> array for every weight of the model, as `pruning.weights`
         names them; None starts from the weights the model has.

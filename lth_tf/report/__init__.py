@@ -11,17 +11,22 @@ import rich.console
 from lth_tf.analysis import winning
 from lth_tf.report.figure import figure
 from lth_tf.report.tables import plan_tables, results_table, sentence
+from lth_tf.spec import Spec
 
 __all__ = ["figure", "finish", "plan_tables", "results_table", "sentence"]
 
 
 def finish(
-    console: rich.console.Console, rows: Sequence[dict[str, Any]], workdir: Path, title: str
+    console: rich.console.Console, rows: Sequence[dict[str, Any]], workdir: Path, spec: Spec
 ) -> None:
-    """Prints table, sentence and paths of a finished experiment, and draws its figure."""
-    figure(rows, workdir / "figure.png", title)
+    """Prints table, sentence and paths of a finished experiment, and draws its figure.
+
+    No sentence where weights are not rewound: such networks go on from trained weights,
+    and their steps cannot be compared with those of the dense one.
+    """
+    figure(rows, workdir / "figure.png", f"{spec.model} on {spec.dataset}")
     console.print(results_table(rows), highlight=False)
-    if any(row["arm"] == "reinit" for row in rows):
+    if spec.retrain == "rewind" and any(row["arm"] == "reinit" for row in rows):
         console.print(sentence(winning(rows)), highlight=False)
     for name in ("figure.png", "summary.csv"):
         console.print(str(workdir / name), highlight=False, soft_wrap=True)

@@ -31,6 +31,9 @@ def plan_tables(plan: Plan, spec: Spec) -> Iterator[Any]:
     table.add_row("all", "", f"{total:,}", "", f"{left:,} ({left / total:.2%})")
     yield table
     controls = sum(len(names) for names in plan.controls.values())
+    first, end = spec.retrain_span
+    if len(plan.densities) > 1:
+        yield f"after each pruning: {spec.retrain}, steps {first:,} to {end:,}"
     yield (
         f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {len(plan.densities)} "
         f"level(s) and {controls} control(s); {plan.steps:,} steps in all"
@@ -85,8 +88,9 @@ def sentence(found: Winning) -> str:
     """Says at which densities tickets win, and how many replicates agree; or that none does."""
     if found.early is None and found.end is None:
         return (
-            "No winning ticket: at no density with a control did tickets beat re-initialised "
-            f"networks by more than {MARGIN:.1%} while matching the dense one."
+            "No winning ticket: at no density with a control were tickets as fast and as accurate "
+            f"as the dense network (within {MARGIN:.1%}) and re-initialised ones less accurate by "
+            "more than that, at early stop or at the end."
         )
     early, end = (
         f"down to {f[0]:.2%} density ({f[1]} of {found.replicates} replicates agree)"
@@ -94,10 +98,19 @@ def sentence(found: Winning) -> str:
         else "at no density"
         for f in (found.early, found.end)
     )
+    if found.early is None:
+        first = (
+            "At early stop tickets are winning at no density: nowhere are they as fast and as "
+            "accurate as the dense network where re-initialised ones are not."
+        )
+    else:
+        first = (
+            f"Tickets are winning {early}: they reach their minimum validation loss no later than "
+            "the dense network and are as accurate there, and re-initialised ones are not."
+        )
     return (
-        f"Tickets are winning {early}: they reach their minimum validation loss no later than the "
-        "dense network and are as accurate there, and re-initialised ones are not. At the end of "
-        f"training they still match it, and re-initialised ones do not, {end}."
+        f"{first} At the end of training tickets match the dense network, and re-initialised "
+        f"ones do not, {end}."
     )
 
 
