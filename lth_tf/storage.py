@@ -37,8 +37,8 @@ def explained(path: os.PathLike | str) -> Iterator[None]:
         else:
             advice = "choose another --workdir"
         raise UserError(
-            f"cannot write {os.fspath(path)!r} ({os.strerror(error.errno or 0)}): {advice}; what is "
-            "finished is kept"
+            f"cannot write {os.fspath(path)!r} ({os.strerror(error.errno or 0)}): {advice}; what "
+            "is finished is kept"
         ) from error
 
 
