@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -59,7 +61,7 @@ class Plan:
 
     def kept(self, level: int) -> dict[str, int]:
         """Returns how many weights of each kernel a level keeps under layerwise pruning."""
-        sizes = {name: _size(shape) for name, shape in self.shapes.items()}
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         return {name: count(d, sizes[name]) for name, d in self.densities[level].items()}
 
 
@@ -77,7 +79,7 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
         for name, kind in pruning.kinds(model).items()
     }
     densities = schedules.level_densities(
-        {name: _size(shape) for name, shape in shapes.items()},
+        {name: math.prod(shape) for name, shape in shapes.items()},
         rates,
         levels=spec.levels if spec.target_density is None else None,
         target_density=spec.target_density,
@@ -86,7 +88,7 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     if len(densities) > 1 and not any(rates.values()):
         raise UserError("nothing would ever be pruned: every prune fraction is 0")
     last = len(densities) - 1
-    if empty := [n for n, d in densities[last].items() if not count(d, _size(shapes[n]))]:
+    if empty := [n for n, d in densities[last].items() if not count(d, math.prod(shapes[n]))]:
         raise UserError(
             f"nothing would be left of {', '.join(empty)} at the last level, which would cut the "
             "network; ask for fewer levels or a higher density"
@@ -106,13 +108,6 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     return Plan(
         shapes, rates, densities, controls, trainings * spec.replicates, steps * spec.replicates
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
 
 
 class Laboratory:
@@ -263,7 +258,7 @@ def imp(
         claim(work, spec)
         lab = Laboratory(spec, work, dataset)
         lab.progress = progress(lab.plan) if progress else None
-        with lab.progress or _nothing():
+        with lab.progress or contextlib.nullcontext():
             for replicate in range(spec.replicates):
                 _one_replicate(lab, replicate)
     return lab.summary
@@ -318,11 +313,6 @@ def claim(workdir: Path, spec: Spec) -> None:
                 "--workdir or the same values"
             )
     storage.write(path, json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n")
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: Any) -> None: ...
 
 
 def finished(workdir: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lth_tf import masks
 from lth_tf.compat import PruneLowMagnitude, is_keras_3, keras, tf
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
@@ -633,12 +634,10 @@ def assign(model: Any, values: Mapping[str, np.ndarray], mask: Mask | None = Non
     """
     variables = weights(model)
     fit(values, {n: tuple(v.shape) for n, v in variables.items()}, "set of weights")
+    masked = masks.apply(mask or {}, {n: np.asarray(value) for n, value in values.items()})
     for name, variable in variables.items():
-        value = np.asarray(values[name])
-        if mask is not None and name in mask:
-            value = np.where(mask[name] != 0, value, np.zeros((), value.dtype))
         dtype = getattr(variable, "true_dtype", variable.dtype)
-        variable.assign(value.astype(dtype.as_numpy_dtype))
+        variable.assign(masked[name].astype(dtype.as_numpy_dtype))
 
 
 # --- Optimizers ------------------------------------------------------------------------

@@ -134,12 +134,17 @@ def strategy_of(spec: Spec) -> Any:
     return tf.distribute.MirroredStrategy(used, cross_device_ops=reduction)
 
 
+def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
+    """Returns the spec's network without masks, in float64 or else float32."""
+    with policy("float64" if spec.precision == "float64" else "float32"):
+        return MODELS[spec.model](input_shape, classes, seed, init=spec.init)
+
+
 def initial_weights(
     spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int
 ) -> tuple[Weights, list[str]]:
     """Returns the weights that the model starts from under `seed`, and its kernels' names."""
-    with policy("float64" if spec.precision == "float64" else "float32"):
-        model = MODELS[spec.model](input_shape, classes, seed, init=spec.init)
+    model = plain_model(spec, input_shape, classes, seed)
     values = {name: v.numpy() for name, v in pruning.weights(model).items()}
     return values, list(pruning.kernels(model))
 

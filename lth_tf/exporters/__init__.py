@@ -26,10 +26,9 @@ from lth_tf.exporters.saved_model import saved_model
 from lth_tf.exporters.served import Reread, Served, dtype_of
 from lth_tf.exporters.workdir import find, read, sizes, weighed
 from lth_tf.masks import Mask
-from lth_tf.models import MODELS
 from lth_tf.registry import Registry
 from lth_tf.tickets import Ticket
-from lth_tf.training import policy
+from lth_tf.training import plain_model
 
 Exporter = Callable[[Served, Path], Reread]
 EXPORTERS: Registry[Exporter] = Registry("export format")
@@ -89,10 +88,7 @@ def network(ticket: Ticket, weights: Mapping[str, np.ndarray]) -> Any:
       UserError: the weights are those of another network.
     """
     spec, origin = ticket.spec, ticket.origin
-    with policy("float64" if spec.precision == "float64" else "float32"):
-        model = MODELS[spec.model](
-            tuple(origin["input_shape"]), origin["classes"], origin["seed"], init=spec.init
-        )
+    model = plain_model(spec, tuple(origin["input_shape"]), origin["classes"], origin["seed"])
     pruning.assign(model, weights, ticket.mask)
     return model
 
