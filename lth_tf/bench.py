@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import feeds, masks, pruning
+from lth_tf import feeds, masks, models, pruning
 from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset
-from lth_tf.models import MODELS
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
@@ -80,7 +79,7 @@ def train(spec: Spec, dataset: Dataset, steps: int, rounds: int) -> dict[str, An
             trainer.advance(step, min(step + block, steps), spec.seed)
 
     def plain() -> Any:
-        return MODELS[spec.model](trainer.input_shape, trainer.classes, spec.seed, init=spec.init)
+        return models.build(spec, trainer.input_shape, trainer.classes, spec.seed)
 
     def fit(model: Any, callbacks: tuple = (), **options: Any) -> Contender:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lth_tf import analysis, masks, pruning, schedules, storage
+from lth_tf import analysis, masks, models, pruning, schedules, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.branches import BRANCHES
 from lth_tf.callbacks import Summaries
@@ -20,7 +21,6 @@ from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.models import MODELS
 from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
@@ -71,13 +71,14 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     Raises:
       UserError: a target that cannot be reached, or control levels that do not exist.
     """
-    model = MODELS[spec.model](input_shape, classes, spec.seed, init=spec.init)
+    model = models.build(spec, input_shape, classes, spec.seed)
     shapes = {name: tuple(v.shape) for name, v in pruning.kernels(model).items()}
     own = {"conv": spec.prune_fraction_conv, "output": spec.prune_fraction_output, "dense": None}
     rates = {
         name: spec.prune_fraction if own[kind] is None else float(own[kind] or 0)
         for name, kind in pruning.kinds(model).items()
     }
+    rates |= dict.fromkeys(protected(spec, shapes), 0.0)
     densities = schedules.level_densities(
         {name: math.prod(shape) for name, shape in shapes.items()},
         rates,
@@ -108,6 +109,21 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     return Plan(
         shapes, rates, densities, controls, trainings * spec.replicates, steps * spec.replicates
     )
+
+
+def protected(spec: Spec, names: Iterable[str]) -> list[str]:
+    """Returns which kernels `spec.protect` keeps out of pruning.
+
+    Raises:
+      UserError: an entry fits no kernel.
+    """
+    names = list(names)
+    for pattern in spec.protect:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"protect {pattern!r} fits no kernel; the kernels are {', '.join(names)}"
+            )
+    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in spec.protect)]
 
 
 class Laboratory:

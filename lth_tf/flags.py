@@ -19,6 +19,7 @@ from lth_tf.pruning import InvariantError
 from lth_tf.registry import Registry, nearest
 from lth_tf.schedules import LR_SCHEDULES
 from lth_tf.scopes import SCOPES
+from lth_tf.scorers import LOSSES, SCORERS
 from lth_tf.spec import Spec
 from lth_tf.training import OPTIMIZERS
 
@@ -26,12 +27,13 @@ REGISTRIES: dict[str, Registry] = {
     "branches": BRANCHES,
     "datasets": DATASETS,
     "inits": INITS,
+    "losses": LOSSES,
     "lr_schedules": LR_SCHEDULES,
     "models": MODELS,
     "optimizers": OPTIMIZERS,
     "scopes": SCOPES,
+    "scorers": SCORERS,
 }
-PREFIX = {"tuple[int, ...]": "comma-separated: ", "tuple[str, ...]": "comma-separated: "}
 
 
 class _Parser(flags.ArgumentParser):
@@ -80,11 +82,17 @@ class _Serializer(flags.ArgumentSerializer):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def define_spec() -> None:
-    """Defines a flag for every field of Spec, and --preset."""
-    for field in dataclasses.fields(Spec):
+def define_spec(*recipes: str, **defaults: Any) -> None:
+    """Defines a flag for every field of Spec that the recipes have, and --preset.
+
+    Args:
+      *recipes: 'imp', 'one_shot', both, or nothing for the fields that all have.
+      **defaults: field -> default, where it is not Spec's.
+    """
+    for field in _fields(*recipes):
         if field.name in flags.FLAGS:
             continue
+        default = defaults.get(field.name, field.default)
         text = field.metadata["help"]
         if registry := field.metadata.get("registry"):
             entry = REGISTRIES[registry]
@@ -92,13 +100,13 @@ def define_spec() -> None:
         if choices := field.metadata.get("choices"):
             text += f" One of: {', '.join(choices)}."
         if field.type == "bool":
-            flags.DEFINE_bool(field.name, field.default, text)
+            flags.DEFINE_bool(field.name, default, text)
         else:
             flags.DEFINE(
                 _Parser(field),
                 field.name,
-                field.default,
-                PREFIX.get(str(field.type), "") + text,
+                default,
+                ("comma-separated: " if "tuple" in str(field.type) else "") + text,
                 serializer=_Serializer(),
             )
     if "preset" not in flags.FLAGS:
@@ -110,7 +118,16 @@ def define_spec() -> None:
         )
 
 
-def spec_from_flags() -> Spec:
+def _fields(*recipes: str) -> list[dataclasses.Field]:
+    return [
+        field
+        for field in dataclasses.fields(Spec)
+        if field.metadata.get("flag", True)
+        and ("recipe" not in field.metadata or field.metadata["recipe"] in recipes)
+    ]
+
+
+def spec_from_flags(recipe: str = "imp") -> Spec:
     """Returns the Spec that the command line describes; raises UserError as Spec does."""
     if flags.FLAGS.preset:  # those on the command line were replaced by `expand`
         raise UserError(
@@ -118,7 +135,7 @@ def spec_from_flags() -> Spec:
             f"--flagfile={presets().get(flags.FLAGS.preset, 'PATH')} there"
         )
     values = flags.FLAGS.flag_values_dict()
-    return Spec(**{field.name: values[field.name] for field in dataclasses.fields(Spec)})
+    return Spec(recipe=recipe, **{field.name: values[field.name] for field in _fields(recipe)})
 
 
 def presets() -> dict[str, str]:

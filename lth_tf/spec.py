@@ -17,7 +17,8 @@ def _field(default: Any, help: str, **metadata: Any) -> Any:
 
     `registry` names the registry whose keys are the choices, `choices` lists them;
     `low` and `high` bound a number (`low` included unless `open`, `high` excluded);
-    `grows` marks what can be raised later without making another experiment of it.
+    `grows` marks what can be raised later without making another experiment of it;
+    `recipe` is the only recipe that has the field; `flag=False` keeps it off the command line.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
@@ -33,7 +34,23 @@ class Spec:
         contradict each other.
     """
 
+    recipe: str = _field(
+        "imp",
+        "Where masks come from: trained weights, level after level (imp), or weights at "
+        "initialisation (one_shot).",
+        choices=("imp", "one_shot"),
+        flag=False,
+    )
     model: str = _field("lenet_300_100", "Network architecture.", registry="models")
+    width: float = _field(
+        1.0, "Factor on the channels of a resnet or vgg.", low=0.0, open=True
+    )
+    shortcut: str = _field(
+        "projection",
+        "How a resnet for small images joins blocks of different size: by a 1x1 convolution, or "
+        "by subsampling and zero padding (identity).",
+        choices=("projection", "identity"),
+    )
     dataset: str = _field("mnist", "Data set.", registry="datasets")
     normalization: str = _field(
         "standard",
@@ -44,32 +61,125 @@ class Spec:
     validation_size: int = _field(
         5000, "Training examples held out to find the early-stop step.", low=1
     )
+    augmentation: str = _field(
+        "none",
+        "Random changes to training images: mirror half of them and shift by up to 4 pixels "
+        "(flip_crop), or crop a random part and scale it to full size, then mirror "
+        "(resized_crop).",
+        choices=("none", "flip_crop", "resized_crop"),
+    )
     init: str = _field("glorot_normal", "Initialisation of the kernels.", registry="inits")
 
     scope: str = _field("layerwise", "Which weights compete with each other.", registry="scopes")
+    protect: tuple[str, ...] = _field(
+        (), "Kernels that are never pruned: names, or patterns such as *shortcut*."
+    )
+    density: tuple[float, ...] = _field(
+        (0.05,),
+        "Fractions of the weights to keep; each gives a ticket of its own.",
+        low=0.0,
+        high=1.0,
+        open=True,
+        recipe="one_shot",
+    )
+    scorer: str = _field(
+        "grasp", "How weights are ranked.", registry="scorers", recipe="one_shot"
+    )
+    rounds: int | None = _field(
+        None,
+        "Score and prune in so many rounds (default: 100 for synflow, 1 for the others).",
+        low=1,
+        recipe="one_shot",
+    )
+    round_schedule: str = _field(
+        "exponential",
+        "Density after round r of n: d^(r/n) (exponential) or 1 - (1 - d) r/n (linear).",
+        choices=("exponential", "linear"),
+        recipe="one_shot",
+    )
+    samples_per_class: int = _field(
+        10, "Training examples of each class that snip and grasp score on.", low=1,
+        recipe="one_shot",
+    )  # fmt: skip
+    score_batch_size: int = _field(
+        100,
+        "Most examples in the scorer's memory at once; with score_batch_norm=train also those "
+        "that statistics are taken over.",
+        low=1,
+        recipe="one_shot",
+    )
+    score_batch_norm: str = _field(
+        "auto",
+        "Whether batch normalisation uses the batch's statistics (train) or the moving ones "
+        "(eval) while scoring (auto: train for grasp, eval for snip).",
+        choices=("auto", "train", "eval"),
+        recipe="one_shot",
+    )
+    score_loss: str = _field(
+        "cross_entropy", "Loss that snip and grasp score with.", registry="losses",
+        recipe="one_shot",
+    )  # fmt: skip
+    temperature: float = _field(
+        200.0, "Divides the logits for grasp.", low=0.0, open=True, recipe="one_shot"
+    )
+    grasp_variant: str = _field(
+        "paper",
+        "paper: w x Hg; official: what the published code computes; absolute: |w x Hg|.",
+        choices=("paper", "official", "absolute"),
+        recipe="one_shot",
+    )
+    snip_variant: str = _field(
+        "paper",
+        "paper: |w x g|; official: the same on weights drawn anew for scoring, as in the "
+        "published code.",
+        choices=("paper", "official"),
+        recipe="one_shot",
+    )
+    min_per_layer: int = _field(
+        0, "Weights that every kernel keeps, whatever their scores.", low=0, recipe="one_shot"
+    )
+    dense: bool = _field(
+        False, "Train the dense network, too.", grows=True, recipe="one_shot"
+    )
     prune_fraction: float = _field(
-        0.2, "Fraction of the surviving weights removed per level.", low=0.0, high=1.0
+        0.2,
+        "Fraction of the surviving weights removed per level.",
+        low=0.0,
+        high=1.0,
+        recipe="imp",
     )
     prune_fraction_conv: float | None = _field(
-        None, "The same for convolutions (default: prune_fraction).", low=0.0, high=1.0
+        None,
+        "The same for convolutions (default: prune_fraction).",
+        low=0.0,
+        high=1.0,
+        recipe="imp",
     )
     prune_fraction_output: float | None = _field(
-        None, "The same for the output layer (default: prune_fraction).", low=0.0, high=1.0
+        None,
+        "The same for the output layer (default: prune_fraction).",
+        low=0.0,
+        high=1.0,
+        recipe="imp",
     )
-    levels: int = _field(20, "Number of prunings.", low=0, high=1000)
+    levels: int = _field(20, "Number of prunings.", low=0, high=1000, recipe="imp")
     target_density: float | None = _field(
         None,
         "Density of the last level; replaces --levels: the last level is trimmed to hit it.",
         low=0.0,
         high=1.0,
         open=True,
+        recipe="imp",
     )
-    one_shot: bool = _field(False, "Go to the last level's density in a single pruning.")
+    one_shot: bool = _field(
+        False, "Go to the last level's density in a single pruning.", recipe="imp"
+    )
     rewind_step: float = _field(
         0.0,
         "Step whose weights a ticket starts from: a whole number of steps, or a fraction of "
         "train_steps below 1.",
         low=0.0,
+        recipe="imp",
     )
     retrain: str = _field(
         "rewind",
@@ -77,12 +187,14 @@ class Spec:
         "rewind the schedule (lr_rewind); keep both and go on at the last learning rate "
         "(finetune).",
         choices=("rewind", "lr_rewind", "finetune"),
+        recipe="imp",
     )
     retrain_steps: int | None = _field(
         None,
         "Steps of training after each pruning (default: train_steps less rewind_step). With "
         "--retrain=rewind it is another way to say rewind_step = train_steps - retrain_steps.",
         low=1,
+        recipe="imp",
     )
 
     optimizer: str = _field("adam", "Optimizer.", registry="optimizers")
@@ -135,9 +247,16 @@ class Spec:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             _check(field, value)
-            if "float" in str(field.type) and value is not None:
-                # 1 == 1.0, but they are different JSON: digests and tickets would differ.
+            # 1 == 1.0, but they are different JSON: digests and tickets would differ.
+            if isinstance(value, tuple) and "float" in str(field.type):
+                object.__setattr__(self, field.name, tuple(map(float, value)))
+            elif "float" in str(field.type) and value is not None:
                 object.__setattr__(self, field.name, float(value))
+            only = field.metadata.get("recipe", self.recipe)
+            if only != self.recipe and value != field.default:
+                raise UserError(
+                    f"{field.name} has no meaning for the recipe {self.recipe!r}, only for {only!r}"
+                )
         if self.rewind_step >= 1 and self.rewind_step != int(self.rewind_step):
             raise UserError(
                 f"rewind_step {self.rewind_step} is neither a whole step nor a fraction below 1"
@@ -184,6 +303,14 @@ class Spec:
             raise UserError("control_levels are given but no controls, e.g. --controls=reinit")
         if self.devices and self.distribute == "none":
             raise UserError("devices needs --distribute=mirrored")
+        for scorer in ("grasp", "snip"):
+            variant = getattr(self, f"{scorer}_variant")
+            if self.scorer != scorer and variant != "paper":
+                raise UserError(f"{scorer}_variant {variant!r} needs --scorer={scorer}")
+        if self.temperature != 200 and self.scorer != "grasp":
+            raise UserError(f"temperature {self.temperature:g} needs --scorer=grasp")
+        if not self.density or len(set(self.density)) < len(self.density):
+            raise UserError(f"density {list(self.density)} must name different densities")
 
     @property
     def rewind_at(self) -> int:
@@ -228,7 +355,9 @@ class Spec:
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide what a single training computes."""
-        grows = {f.name for f in dataclasses.fields(self) if f.metadata.get("grows")}
+        fields = dataclasses.fields(self)
+        grows = {f.name for f in fields if f.metadata.get("grows")}
+        grows |= {f.name for f in fields if f.metadata.get("recipe", self.recipe) != self.recipe}
         if not self.one_shot or self.target_density is not None:
             grows.add("levels")  # more of them leave the first ones as they are; or a target rules
         return {name: value for name, value in self.as_dict().items() if name not in grows}
@@ -249,6 +378,8 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         "int": isinstance(value, int) and not isinstance(value, bool),
         "float": isinstance(value, (int, float)) and not isinstance(value, bool),
         "tuple[int, ...]": isinstance(value, tuple) and all(type(v) is int for v in value),
+        "tuple[float, ...]": isinstance(value, tuple)
+        and all(type(v) in (int, float) for v in value),
         "tuple[str, ...]": isinstance(value, tuple) and all(type(v) is str for v in value),
     }[wanted]
     if not fits:
@@ -259,10 +390,11 @@ def _check(field: dataclasses.Field, value: Any) -> None:
             f"unknown {field.name} {value!r}; there are: {', '.join(choices)}."
             f"{nearest(value, list(choices))}"
         )
-    if isinstance(value, float) and not math.isfinite(value):
+    each = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(v, float) and not math.isfinite(v) for v in each):
         raise UserError(f"{field.name} must be a finite number, not {value}")
     low, high = field.metadata.get("low"), field.metadata.get("high")
-    for v in value if isinstance(value, tuple) else (value,):
+    for v in each:
         too_low = low is not None and (v <= low if field.metadata.get("open") else v < low)
         if too_low or (high is not None and v >= high):
             above = f"above {low}" if field.metadata.get("open") else f"at least {low}"

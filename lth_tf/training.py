@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import feeds, pruning, schedules
+from lth_tf import feeds, models, pruning, schedules
 from lth_tf.callbacks import Rewind
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.models import MODELS
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 
@@ -137,7 +136,7 @@ def strategy_of(spec: Spec) -> Any:
 def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
     """Returns the spec's network without masks, in float64 or else float32."""
     with policy("float64" if spec.precision == "float64" else "float32"):
-        return MODELS[spec.model](input_shape, classes, seed, init=spec.init)
+        return models.build(spec, input_shape, classes, seed)
 
 
 def initial_weights(
@@ -177,7 +176,7 @@ class Trainer:
                 f"{dataset.name!r} has besides {spec.validation_size} for validation"
             )
         with policy(spec.precision), self.strategy.scope():
-            plain = MODELS[spec.model](self.input_shape, self.classes, spec.seed, init=spec.init)
+            plain = models.build(spec, self.input_shape, self.classes, spec.seed)
             self.model = pruning.prune(plain)
             self._rate = _rate(spec)
             self.model.compile(OPTIMIZERS[spec.optimizer](self._rate, spec))

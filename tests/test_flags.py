@@ -13,7 +13,7 @@ from lth_tf.errors import UserError
 from lth_tf.flags import REGISTRIES, expand, presets, spec_from_flags
 from lth_tf.spec import Spec
 
-lth_tf.flags.define_spec()
+lth_tf.flags.define_spec("imp", "one_shot")
 
 
 def parse(*words):

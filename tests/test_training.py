@@ -49,7 +49,7 @@ def same(a, b):
 def eager(s, steps, update):
     """The same training written out in NumPy and one GradientTape, float64, no tricks."""
     weights, mask = start(s)
-    model = training.MODELS[s.model]((8, 8, 1), 10, 0, init=s.init)
+    model = training.models.build(s, (8, 8, 1), 10, 0)
     x, y = feeds.split(DIGITS, s.validation_size, s.seed)["train"]
     x = (x / 255.0 - np.array(DIGITS.mean)) / np.array(DIGITS.std)
     state = {n: [np.zeros_like(w), np.zeros_like(w)] for n, w in weights.items()}

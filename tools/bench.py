@@ -11,7 +11,7 @@ import lth_tf.flags
 from lth_tf import bench, datasets
 from lth_tf.report.tables import bench_table
 
-lth_tf.flags.define_spec()
+lth_tf.flags.define_spec("imp", "one_shot")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)
 BLOCK = flags.DEFINE_integer("block", 500, "Steps per contender and round.", lower_bound=1)

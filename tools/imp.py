@@ -11,7 +11,7 @@ import lth_tf.flags
 from lth_tf import datasets, experiment, report
 from lth_tf.callbacks.progress import Progress
 
-lth_tf.flags.define_spec()
+lth_tf.flags.define_spec("imp")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything the experiment writes.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 PLAN = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
@@ -19,7 +19,7 @@ PLAN = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
 
 def main() -> None:
     """Plans, runs and reports."""
-    spec, console = lth_tf.flags.spec_from_flags(), rich.console.Console()
+    spec, console = lth_tf.flags.spec_from_flags("imp"), rich.console.Console()
     data = datasets.load(spec.dataset, DATA_DIR.value)
     planned = experiment.plan(spec, data.train_images.shape[1:], data.classes)
     for part in report.plan_tables(planned, spec):
