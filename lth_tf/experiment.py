@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lth_tf import analysis, masks, models, pruning, schedules, storage
+from lth_tf import analysis, masks, models, picking, pruning, schedules, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.branches import BRANCHES
 from lth_tf.callbacks import Summaries
@@ -45,7 +45,7 @@ class Plan:
 
     Attributes:
       shapes: kernel name -> shape.
-      rates: kernel name -> fraction of its weights removed per level.
+      rates: for imp kernel name -> fraction of its weights removed per level.
       densities: for each level, kernel name -> density.
       controls: level -> names of the branches run there.
       trainings: their number over all replicates, controls included.
@@ -66,34 +66,32 @@ class Plan:
 
 
 def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
-    """Returns what `imp` would do.
+    """Returns what `imp` or `one_shot` would do.
 
     Raises:
-      UserError: a target that cannot be reached, or control levels that do not exist.
+      UserError: a density that cannot be reached, or control levels that do not exist.
     """
     model = models.build(spec, input_shape, classes, spec.seed)
     shapes = {name: tuple(v.shape) for name, v in pruning.kernels(model).items()}
-    own = {"conv": spec.prune_fraction_conv, "output": spec.prune_fraction_output, "dense": None}
-    rates = {
-        name: spec.prune_fraction if own[kind] is None else float(own[kind] or 0)
-        for name, kind in pruning.kinds(model).items()
-    }
-    rates |= dict.fromkeys(protected(spec, shapes), 0.0)
-    densities = schedules.level_densities(
-        {name: math.prod(shape) for name, shape in shapes.items()},
-        rates,
-        levels=spec.levels if spec.target_density is None else None,
-        target_density=spec.target_density,
-        one_shot=spec.one_shot,
-    )
-    if len(densities) > 1 and not any(rates.values()):
-        raise UserError("nothing would ever be pruned: every prune fraction is 0")
-    last = len(densities) - 1
-    if empty := [n for n, d in densities[last].items() if not count(d, math.prod(shapes[n]))]:
-        raise UserError(
-            f"nothing would be left of {', '.join(empty)} at the last level, which would cut the "
-            "network; ask for fewer levels or a higher density"
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    rates: dict[str, float] = {}
+    if spec.recipe == "one_shot":
+        densities = picking.densities(spec, sizes)
+    else:
+        rates = _rates(spec, pruning.kinds(model))
+        densities = schedules.level_densities(
+            sizes,
+            rates,
+            levels=spec.levels if spec.target_density is None else None,
+            target_density=spec.target_density,
+            one_shot=spec.one_shot,
         )
+        if empty := [n for n, d in densities[-1].items() if not count(d, sizes[n])]:
+            raise UserError(
+                f"nothing would be left of {', '.join(empty)} at the last level, which would cut "
+                "the network; ask for fewer levels or a higher density"
+            )
+    last = len(densities) - 1
     levels = spec.control_levels or range(1, last + 1)
     if bad := [level for level in levels if not 1 <= level <= last]:
         raise UserError(
@@ -102,28 +100,30 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
         )
     controls = {level: spec.controls for level in levels if spec.controls}
     first, end = spec.retrain_span
-    steps = spec.train_steps + last * (end - first)
-    fresh = end if spec.retrain == "rewind" else end - first  # a control has no past
-    steps += sum(len(names) for names in controls.values()) * fresh
-    trainings = len(densities) + sum(len(names) for names in controls.values())
+    dense = spec.recipe == "imp" or spec.dense
+    fresh = end if spec.retrain == "rewind" else end - first  # a control may have no past
+    branches = sum(len(names) for names in controls.values())
+    steps = dense * spec.train_steps + last * (end - first) + branches * fresh
     return Plan(
-        shapes, rates, densities, controls, trainings * spec.replicates, steps * spec.replicates
+        shapes,
+        rates,
+        densities,
+        controls,
+        (dense + last + branches) * spec.replicates,
+        steps * spec.replicates,
     )
 
 
-def protected(spec: Spec, names: Iterable[str]) -> list[str]:
-    """Returns which kernels `spec.protect` keeps out of pruning.
-
-    Raises:
-      UserError: an entry fits no kernel.
-    """
-    names = list(names)
-    for pattern in spec.protect:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(
-                f"protect {pattern!r} fits no kernel; the kernels are {', '.join(names)}"
-            )
-    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in spec.protect)]
+def _rates(spec: Spec, kinds: Mapping[str, str]) -> dict[str, float]:
+    """Kernel name -> fraction of its weights that a level removes."""
+    own = {"conv": spec.prune_fraction_conv, "output": spec.prune_fraction_output, "dense": None}
+    rates = {
+        name: spec.prune_fraction if own[kind] is None else float(own[kind] or 0)
+        for name, kind in kinds.items()
+    } | dict.fromkeys(picking.protected(spec, kinds), 0.0)
+    if spec.levels and not any(rates.values()):
+        raise UserError("nothing would ever be pruned: every prune fraction is 0")
+    return rates
 
 
 class Laboratory:
@@ -244,6 +244,44 @@ class Laboratory:
         )
 
 
+    def pick(self, dense: Ticket, level: int) -> Ticket:
+        """Returns the ticket that the spec's scorer picks; says what of the network is cut."""
+        ticket = picking.pick(dense, self.trainer.dataset, self.plan.densities[level], level)
+        model = models.build(self.spec, self.trainer.input_shape, self.trainer.classes, 0)
+        found = analysis.collapse(ticket.mask, analysis.connected(model, ticket.mask))
+        if self.progress:
+            self.progress.say(found)
+        elif "warning" in found:
+            warnings.warn(found, stacklevel=2)
+        return ticket
+
+    def branches(self, folder: Path, ticket: Ticket, start: Mapping) -> None:
+        """Trains the ticket's controls, each in a folder inside the ticket's."""
+        for name in self.plan.controls.get(ticket.level, ()):
+            here = folder / f"branch_{name}"
+            self.train(
+                here,
+                self.ticket(here, lambda: branch(ticket, name, start, self.trainer.dataset)),  # noqa: B023
+            )
+
+
+@contextlib.contextmanager
+def laboratory(
+    spec: Spec,
+    workdir: str | os.PathLike,
+    dataset: Dataset,
+    progress: Callable[[Plan], Any] | None,
+) -> Iterator[Laboratory]:
+    """Within, the workdir is the spec's, locked."""
+    work = Path(workdir)
+    with storage.lock(work):
+        claim(work, spec)
+        lab = Laboratory(spec, work, dataset)
+        lab.progress = progress(lab.plan) if progress else None
+        with lab.progress or contextlib.nullcontext():
+            yield lab
+
+
 def imp(
     spec: Spec,
     workdir: str | os.PathLike,
@@ -269,37 +307,66 @@ def imp(
       UserError: see `Trainer` and `plan`; or the workdir belongs to
         another spec or process, cannot be written or holds a damaged file.
     """
-    work = Path(workdir)
-    with storage.lock(work):
-        claim(work, spec)
-        lab = Laboratory(spec, work, dataset)
-        lab.progress = progress(lab.plan) if progress else None
-        with lab.progress or contextlib.nullcontext():
-            for replicate in range(spec.replicates):
-                _one_replicate(lab, replicate)
+    with laboratory(spec, workdir, dataset, progress) as lab:
+        for replicate in range(spec.replicates):
+            folder = lab.workdir / f"replicate_{replicate:02d}"
+            here = folder / "level_00"
+            initial = ticket = lab.ticket(here, lambda: lab.dense(replicate))  # noqa: B023
+            k = spec.rewind_at
+            trained = lab.train(here, ticket, capture=k or None)
+            rewound = load_ticket(here / "rewind.safetensors").weights if k else initial.weights
+            for level in range(1, len(lab.plan.densities)):
+                here = folder / f"level_{level:02d}"
+                start = rewound if spec.retrain == "rewind" else trained
+                ticket = lab.ticket(here, lambda: lab.prune(ticket, trained, start, level))  # noqa: B023
+                trained = lab.train(here, ticket)
+                lab.branches(here, ticket, start)
     return lab.summary
 
 
-def _one_replicate(lab: Laboratory, replicate: int) -> None:
-    spec, folder = lab.spec, lab.workdir / f"replicate_{replicate:02d}"
-    here = folder / "level_00"
-    initial = ticket = lab.ticket(here, lambda: lab.dense(replicate))
-    k = spec.rewind_at
-    trained = lab.train(here, ticket, capture=k or None)
-    rewound = load_ticket(here / "rewind.safetensors").weights if k else initial.weights
-    for level in range(1, len(lab.plan.densities)):
-        here = folder / f"level_{level:02d}"
-        start = rewound if spec.retrain == "rewind" else trained
-        ticket = lab.ticket(here, lambda: lab.prune(ticket, trained, start, level))  # noqa: B023
-        trained = lab.train(here, ticket)
-        for name in lab.plan.controls.get(level, ()):
-            control = lab.ticket(here / f"branch_{name}", lambda: branch(ticket, name))  # noqa: B023
-            lab.train(here / f"branch_{name}", control)
+def one_shot(
+    spec: Spec,
+    workdir: str | os.PathLike,
+    dataset: Dataset,
+    progress: Callable[[Plan], Any] | None = None,
+    *,
+    score_only: bool = False,
+) -> list[dict[str, Any]]:
+    """Pruning before training: a ticket of each density, picked from the initial weights.
+
+    Level i is the ticket of the i-th density, from the highest on; level 0, the dense
+    network, is trained with `spec.dense` only. Resumes as `imp` does.
+
+    Args:
+      spec, workdir, dataset, progress: as for `imp`; the spec's recipe is 'one_shot'.
+      score_only: write the tickets and stop.
+
+    Returns:
+      The rows of summary.csv.
+
+    Raises:
+      UserError: as `imp`; see also `scorers.one_shot_mask`.
+    """
+    with laboratory(spec, workdir, dataset, progress) as lab:
+        for replicate in range(spec.replicates):
+            folder, dense = lab.workdir / f"replicate_{replicate:02d}", lab.dense(replicate)
+            if spec.dense and not score_only:
+                lab.train(folder / "level_00", lab.ticket(folder / "level_00", lambda: dense))  # noqa: B023
+            for level in range(1, len(lab.plan.densities)):
+                here = folder / f"level_{level:02d}"
+                ticket = lab.ticket(here, lambda: lab.pick(dense, level))  # noqa: B023
+                if not score_only:
+                    lab.train(here, ticket)
+                    lab.branches(here, ticket, dense.weights)
+    return lab.summary
 
 
-def branch(ticket: Ticket, name: str) -> Ticket:
-    """Returns the control `name` of a ticket, marked as such."""
-    control = BRANCHES[name](ticket)
+RECIPES: dict[str, Callable[..., list[dict[str, Any]]]] = {"imp": imp, "one_shot": one_shot}
+
+
+def branch(ticket: Ticket, name: str, start: Mapping, dataset: Dataset) -> Ticket:
+    """Returns the control `name` of a ticket, marked as such; see `branches`."""
+    control = BRANCHES[name](ticket, start, dataset)
     return dataclasses.replace(control, origin={**control.origin, "arm": name})
 
 
@@ -311,10 +378,7 @@ def claim(workdir: Path, spec: Spec) -> None:
     """
     path = workdir / "spec.json"
     if path.exists():
-        try:
-            found = Spec.from_dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
+        found = read_spec(workdir)
         mine, theirs = spec.identity(), found.identity()
         differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
         if differing and next(finished(workdir), None) is None:
@@ -329,6 +393,20 @@ def claim(workdir: Path, spec: Spec) -> None:
                 "--workdir or the same values"
             )
     storage.write(path, json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n")
+
+
+def read_spec(workdir: Path) -> Spec:
+    """Returns the spec of a workdir; raises UserError where there is none or it is damaged."""
+    path = workdir / "spec.json"
+    try:
+        return Spec.from_dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(
+            f"{str(workdir)!r} is not the workdir of an experiment: {error.strerror or error} "
+            f"({path.name})"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
 
 
 def finished(workdir: Path) -> Iterator[Path]:

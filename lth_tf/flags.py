@@ -109,6 +109,10 @@ def define_spec(*recipes: str, **defaults: Any) -> None:
                 ("comma-separated: " if "tuple" in str(field.type) else "") + text,
                 serializer=_Serializer(),
             )
+    if "one_shot" in recipes and "compression" not in flags.FLAGS:
+        flags.DEFINE_list(
+            "compression", None, "comma-separated: 1 / density, instead of --density."
+        )
     if "preset" not in flags.FLAGS:
         flags.DEFINE_string(
             "preset",
@@ -135,7 +139,25 @@ def spec_from_flags(recipe: str = "imp") -> Spec:
             f"--flagfile={presets().get(flags.FLAGS.preset, 'PATH')} there"
         )
     values = flags.FLAGS.flag_values_dict()
-    return Spec(recipe=recipe, **{field.name: values[field.name] for field in _fields(recipe)})
+    given = {field.name: values[field.name] for field in _fields(recipe)}
+    if recipe == "one_shot" and flags.FLAGS.compression:
+        if flags.FLAGS["density"].present:
+            raise UserError("density and compression say the same thing; give one of them")
+        given["density"] = tuple(_density(text) for text in flags.FLAGS.compression)
+    return Spec(recipe=recipe, **given)
+
+
+def _density(compression: str) -> float:
+    try:
+        factor = float(compression)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor < float("inf"):
+        raise UserError(
+            f"compression {compression!r} is out of range; it is the number of weights divided by "
+            "the number kept, above 1"
+        )
+    return 1 / factor
 
 
 def presets() -> dict[str, str]:

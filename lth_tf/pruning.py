@@ -346,11 +346,21 @@ def prune(model: Any) -> Any:
       UserError: a Keras 3 model, no model at all, one that is not built, has nothing
         prunable, is pruned already, or is made in a way in which masks would not hold.
     """
-    _require_prunable(model)
+    require_model(model)
+    layers = list(model._flatten_layers())
+    if any(isinstance(layer, MaskedLayer) for layer in layers):
+        raise UserError(f"model {model.name!r} is pruned already; use set_mask to change its mask")
+    for layer in layers:
+        if type(layer).__name__ in ("AddLoss", "AddMetric"):
+            raise UserError(
+                f"model {model.name!r} was given losses or metrics of symbolic tensors (add_loss, "
+                "add_metric), which Keras cannot copy; add them in the call of a layer"
+            )
     return _rewrap(model, _wrap)[0]
 
 
-def _require_prunable(model: Any) -> None:
+def require_model(model: Any) -> None:
+    """Raises UserError unless `model` is a built tf_keras model, plain or pruned, with kernels."""
     if is_keras_3(model):
         raise UserError(
             f"{type(model).__name__} {getattr(model, 'name', '')!r} is a Keras 3 model; lth_tf "
@@ -358,7 +368,7 @@ def _require_prunable(model: Any) -> None:
             "before tensorflow.keras is touched), then copy the weights with set_weights"
         )
     if not isinstance(model, keras.Model):
-        raise UserError(f"prune takes a tf_keras model, not {type(model).__name__}")
+        raise UserError(f"lth_tf takes a tf_keras model, not {type(model).__name__}")
     layers = list(model._flatten_layers())
     unbuilt = [
         layer.name
@@ -371,18 +381,11 @@ def _require_prunable(model: Any) -> None:
             f"model {model.name!r} is not built: the kernels of {', '.join(unbuilt)} do not exist "
             "yet; call it on a batch (or model.build(input_shape)) first"
         )
-    if any(isinstance(layer, MaskedLayer) for layer in layers):
-        raise UserError(f"model {model.name!r} is pruned already; use set_mask to change its mask")
     for layer in layers:
         if isinstance(layer.call, tf.types.experimental.PolymorphicFunction):
             raise UserError(
                 f"the call of {type(layer).__name__} {layer.name!r} is a @tf.function, which would "
                 "go on with the kernels it saw first; remove the decorator, fit compiles anyway"
-            )
-        if type(layer).__name__ in ("AddLoss", "AddMetric"):
-            raise UserError(
-                f"model {model.name!r} was given losses or metrics of symbolic tensors (add_loss, "
-                "add_metric), which Keras cannot copy; add them in the call of a layer"
             )
     found = _weights(model)
     if not any(w.kernel for w in found):
@@ -736,6 +739,6 @@ def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> _Probe:
 
 __all__ = [
     "InvariantError", "MaskedLayer", "assign", "check", "create_slots", "fit", "get_mask",
-    "inner_optimizer", "kernels", "kinds", "plain", "prune", "require_maskable", "set_mask",
-    "slots_of", "strip", "weights",
+    "inner_optimizer", "kernels", "kinds", "plain", "prune", "require_maskable", "require_model",
+    "set_mask", "slots_of", "strip", "weights",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -71,6 +72,48 @@ def level_densities(
     else:
         steps = [*map(float, range(int(np.ceil(last)))), last]
     return [at(level) for level in steps]
+
+
+ROUND_SCHEDULES = ("exponential", "linear")
+
+
+def round_densities(
+    density: float | Mapping[str, float], rounds: int, schedule: str = "exponential"
+) -> list[Any]:
+    """Returns the density after each round of pruning, the last one `density` itself.
+
+    Round r of n: d^(r / n) (exponential; Tanaka et al. 2020, algorithm 1) or
+    1 - (1 - d) r / n (linear).
+
+    Args:
+      density: of the last round, or kernel name -> density.
+      rounds: how many, at least 1.
+      schedule: 'exponential' or 'linear'.
+
+    Raises:
+      UserError: less than one round, or an unknown schedule.
+
+    >>> round_densities(0.25, 2)
+    [0.5, 0.25]
+    >>> round_densities({"a": 0.5, "b": 1.0}, 2, "linear")
+    [{'a': 0.75, 'b': 1.0}, {'a': 0.5, 'b': 1.0}]
+    """
+    if rounds < 1:
+        raise UserError(f"rounds {rounds} is out of range; it must be at least 1")
+    if schedule not in ROUND_SCHEDULES:
+        raise UserError(
+            f"unknown round_schedule {schedule!r}; there are: {', '.join(ROUND_SCHEDULES)}"
+        )
+
+    def at(d: float, r: int) -> float:
+        if r == rounds:
+            return d
+        return d ** (r / rounds) if schedule == "exponential" else 1 - (1 - d) * r / rounds
+
+    each = range(1, rounds + 1)
+    if isinstance(density, Mapping):
+        return [{name: at(d, r) for name, d in density.items()} for r in each]
+    return [at(density, r) for r in each]
 
 
 LearningRate = Callable[..., np.ndarray]

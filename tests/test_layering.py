@@ -16,7 +16,7 @@ FLOORS = [
     {"feeds", "callbacks", "training"},
     {
         "tickets", "experiment", "branches", "analysis", "exporters", "report", "bench", "doctor",
-        "flags",
+        "flags", "picking", "command",
     },
     {"tools"},
 ]  # fmt: skip

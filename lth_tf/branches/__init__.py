@@ -1,25 +1,32 @@
-"""Branches: controls run off a ticket. A branch is a function Ticket -> Ticket."""
+"""Branches: controls run off a ticket.
+
+A branch is a function (ticket, start, dataset) -> ticket; `start` are the weights, path ->
+array, that the ticket's were cut out of.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lth_tf import masks
+from lth_tf import masks, picking
+from lth_tf.datasets import Dataset
+from lth_tf.errors import UserError
 from lth_tf.registry import Registry
 from lth_tf.tickets import Ticket
 from lth_tf.training import initial_weights
 
-Branch = Callable[[Ticket], Ticket]
+Start = Mapping[str, np.ndarray]
+Branch = Callable[[Ticket, Start, Dataset], Ticket]
 BRANCHES: Registry[Branch] = Registry("branch")
 
-_REINIT = 11  # the stream of random numbers drawn from a ticket's seed
+_REINIT, _SHUFFLE = 11, 12  # streams of random numbers drawn from a ticket's seed
 
 
 @BRANCHES.register("reinit")
-def reinit(ticket: Ticket) -> Ticket:
+def reinit(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """The same mask, weights drawn anew (Frankle and Carbin 2019, section 2: random reinit).
 
     New weights have no past, so with --retrain=rewind they are trained from step 0.
@@ -27,10 +34,58 @@ def reinit(ticket: Ticket) -> Ticket:
     seed = int(_rng(ticket, _REINIT).integers(2**31 - 1))
     shape = tuple(ticket.origin["input_shape"])
     weights, _ = initial_weights(ticket.spec, shape, ticket.origin["classes"], seed)
-    start = 0 if ticket.spec.retrain == "rewind" else ticket.rewind_step
-    return dataclasses.replace(
-        ticket, weights=masks.apply(ticket.mask, weights), rewind_step=start
-    )
+    step = 0 if ticket.spec.retrain == "rewind" else ticket.rewind_step
+    return dataclasses.replace(ticket, weights=masks.apply(ticket.mask, weights), rewind_step=step)
+
+
+@BRANCHES.register("shuffle")
+def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """As many weights of every kernel, but others (Frankle et al. 2021, section 4).
+
+    What a method loses by it, it knew about single weights; what is left, it knew about
+    layers.
+    """
+    mask = masks.shuffle(ticket.mask, _rng(ticket, _SHUFFLE))
+    return dataclasses.replace(ticket, mask=mask, weights=masks.apply(mask, start))
+
+
+@BRANCHES.register("invert")
+def invert(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """The weights with the lowest scores (Frankle et al. 2021, section 4)."""
+    return _picked_again(ticket, start, dataset, np.negative)
+
+
+@BRANCHES.register("absolute")
+def absolute(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """The weights whose scores are the furthest from zero (Frankle et al. 2021, section 4).
+
+    Raises:
+      UserError: the scorer's scores are never negative, so that nothing would change.
+    """
+    spec = ticket.spec
+    if spec.recipe == "one_shot" and (spec.scorer, spec.grasp_variant) not in (
+        ("grasp", "paper"),
+        ("grasp", "official"),
+    ):
+        raise UserError(
+            f"the branch 'absolute' changes nothing for scorer {spec.scorer!r}, whose scores are "
+            "never negative; it is for grasp"
+        )
+    return _picked_again(ticket, start, dataset, np.abs)
+
+
+def _picked_again(
+    ticket: Ticket, start: Start, dataset: Dataset, transform: picking.Transform
+) -> Ticket:
+    if ticket.spec.recipe != "one_shot":
+        raise UserError(
+            "the branches 'invert' and 'absolute' rank initial weights anew: they need a ticket "
+            "of lth-oneshot, not of lth-imp, whose scores come from weights that were trained"
+        )
+    full = masks.ones({name: m.shape for name, m in ticket.mask.items()})
+    dense = dataclasses.replace(ticket, mask=full, weights=dict(start), level=0)
+    density = picking.densities(ticket.spec, {name: m.size for name, m in full.items()})
+    return picking.pick(dense, dataset, density[ticket.level], ticket.level, transform)
 
 
 def _rng(ticket: Ticket, stream: int) -> np.random.Generator:

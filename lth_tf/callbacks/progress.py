@@ -52,6 +52,10 @@ class Progress(keras.callbacks.Callback):
         self._last = first
         self._bar.update(self._task, description=what)
 
+    def say(self, text: str) -> None:
+        """Prints a finding."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def skip(self, steps: int) -> None:
         """A training of so many steps need not be done again."""
         self.steps -= steps

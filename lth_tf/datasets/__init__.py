@@ -36,6 +36,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Height, width and channels of an image."""
+        return tuple(self.train_images.shape[1:])
+
 
 DATASETS: Registry[Callable[[str | None], Dataset]] = Registry("data set")
 

@@ -24,9 +24,14 @@ def finish(
     No sentence where weights are not rewound: such networks go on from trained weights,
     and their steps cannot be compared with those of the dense one.
     """
+    if not rows:
+        console.print(f"tickets: {workdir}/replicate_*/level_*/ticket.safetensors", highlight=False)
+        return
     figure(rows, workdir / "figure.png", f"{spec.model} on {spec.dataset}")
     console.print(results_table(rows), highlight=False)
-    if spec.retrain == "rewind" and any(row["arm"] == "reinit" for row in rows):
+    if spec.retrain == "rewind" and {("reinit", True), ("ticket", False)} <= {
+        (row["arm"], row["level"] > 0) for row in rows
+    }:
         console.print(sentence(winning(rows)), highlight=False)
     for name in ("figure.png", "summary.csv"):
         console.print(str(workdir / name), highlight=False, soft_wrap=True)

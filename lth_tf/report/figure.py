@@ -16,7 +16,13 @@ from lth_tf.analysis.winning import points
 from lth_tf.report.tables import ARMS
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-COLOURS = {"ticket": "#0072B2", "reinit": "#D55E00"}
+COLOURS = {
+    "ticket": "#0072B2",
+    "reinit": "#D55E00",
+    "shuffle": "#009E73",
+    "invert": "#CC79A7",
+    "absolute": "#E69F00",
+}
 PANELS = (
     ("early_stop_step", "steps to minimum validation loss", 1.0),
     ("test_accuracy_early", "test accuracy there (%)", 100.0),
@@ -33,9 +39,11 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     found = points(rows)
     drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
     axes = drawing.subplots(1, len(PANELS))
-    dense = next(p for p in found if p.level == 0)
+    dense = next((p for p in found if p.level == 0), None)
     for ax, (column, label, factor) in zip(axes, PANELS, strict=True):
-        ax.axhline(getattr(dense, column).mean() * factor, color="0.4", ls="--", label="dense")
+        if dense:
+            level = getattr(dense, column).mean() * factor
+            ax.axhline(level, color="0.4", ls="--", label="dense")
         shown = []
         for arm in dict.fromkeys(p.arm for p in found):
             line = [p for p in found if p.arm == arm]

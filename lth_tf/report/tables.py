@@ -10,32 +10,48 @@ from rich.table import Table
 
 from lth_tf.analysis.winning import MARGIN, Point, Winning, points
 from lth_tf.experiment import Plan
+from lth_tf.scorers import ROUNDS
 from lth_tf.spec import Spec
 
-ARMS = {"ticket": "ticket", "reinit": "re-initialised"}
+ARMS = {
+    "ticket": "ticket",
+    "reinit": "re-initialised",
+    "shuffle": "shuffled",
+    "invert": "inverted",
+    "absolute": "by absolute score",
+}
 
 
 def plan_tables(plan: Plan, spec: Spec) -> Iterator[Any]:
     """Yields the kernels with what becomes of them, then the work in one sentence."""
     table = Table(title=f"{spec.model} on {spec.dataset}: what can be pruned")
-    for column in ("kernel", "shape", "weights", "removed per level", "kept at the last level"):
+    removed = ["removed per level"] if plan.rates else []
+    for column in ("kernel", "shape", "weights", *removed, "kept at the last level"):
         table.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
     last = plan.kept(len(plan.densities) - 1)
     sizes = plan.kept(0)
     for name, shape in plan.shapes.items():
-        rate = f"{plan.rates[name]:.4g}" if plan.rates[name] else "protected"
-        kept = f"{last[name]:,}" if spec.scope == "layerwise" else "by rank"
-        table.add_row(name, " x ".join(map(str, shape)), f"{sizes[name]:,}", rate, kept)
+        whole = plan.densities[-1][name] == 1 and len(plan.densities) > 1
+        rate = [f"{plan.rates[name]:.4g}" if plan.rates[name] else "protected"] if removed else []
+        kept = f"{last[name]:,}" if spec.scope == "layerwise" else "all" if whole else "by rank"
+        table.add_row(name, " x ".join(map(str, shape)), f"{sizes[name]:,}", *rate, kept)
     total, left = sum(sizes.values()), sum(last.values())
     table.add_section()
-    table.add_row("all", "", f"{total:,}", "", f"{left:,} ({left / total:.2%})")
+    table.add_row("all", "", f"{total:,}", *[""] * len(removed), f"{left:,} ({left / total:.2%})")
     yield table
     controls = sum(len(names) for names in plan.controls.values())
-    first, end = spec.retrain_span
-    if len(plan.densities) > 1:
+    if spec.recipe == "one_shot":
+        rounds = spec.rounds or ROUNDS.get(spec.scorer, 1)
+        yield (
+            f"picked at initialisation by {spec.scorer} in {rounds} round(s), scope {spec.scope}; "
+            "densities " + ", ".join(f"{d:.3%}" for d in sorted(spec.density, reverse=True))
+        )
+    elif len(plan.densities) > 1:
+        first, end = spec.retrain_span
         yield f"after each pruning: {spec.retrain}, steps {first:,} to {end:,}"
+    each = plan.trainings // spec.replicates - controls
     yield (
-        f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {len(plan.densities)} "
+        f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {each} "
         f"level(s) and {controls} control(s); {plan.steps:,} steps in all"
     )
 

@@ -1,0 +1,39 @@
+"""lth-branch: controls run off the tickets of a workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+import lth_tf.flags
+from lth_tf import command, experiment
+from lth_tf.branches import BRANCHES
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.", required=True)
+BRANCH = flags.DEFINE_list(
+    "branch", None, f"comma-separated: any of {', '.join(BRANCHES)}.", required=True
+)
+LEVELS = flags.DEFINE_list("levels", None, "comma-separated: at which levels (default: all).")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
+
+
+def main() -> None:
+    """Adds the branches to the workdir's controls and runs what is not there yet."""
+    spec = experiment.read_spec(Path(WORKDIR.value))
+    for name in BRANCH.value:
+        BRANCHES[name]
+    controls = tuple(dict.fromkeys([*spec.controls, *BRANCH.value]))
+    levels = tuple(map(int, LEVELS.value)) if LEVELS.value else spec.control_levels
+    spec = dataclasses.replace(spec, controls=controls, control_levels=levels)
+    command.run(spec, DATA_DIR.value, WORKDIR.value)
+
+
+def run() -> None:
+    """Entry point of the console command."""
+    lth_tf.flags.run(main)
+
+
+if __name__ == "__main__":
+    run()
