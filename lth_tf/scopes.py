@@ -19,8 +19,8 @@ mask of the last, never runs out of weights while densities fall.
 
 `min_per_layer` says what may happen to a kernel whose scores are low. None: a kernel left
 empty is an error. 0: it may be left empty. m: it keeps at least its m highest scores, or
-all that it has where these are fewer; these places come out of the same total. No density
-that keeps no weight at all is ever accepted.
+all that it has where these are fewer; these places come out of the same k (layerwise: in
+addition to it). A density that keeps no weight at all is always an error.
 """
 
 from __future__ import annotations
@@ -295,10 +295,11 @@ def uniform(
     With k = round(sum of density * size), kernel l > 1 has the density (k - n_1) / (n_2 +
     n_3 + ...) and is ranked by itself. Whole numbers by largest remainders, so that exactly
     k are kept. Kernels with fewer eligible weights keep all of them, and what they cannot take
-    goes to the others.
+    goes to the others. If the first kernel is protected, no other stays dense in its place.
 
-    Args, Returns and Raises as for `global_`; and UserError where the first kernel alone has
-    more weights than all may keep. Evci et al. (2020), "Rigging the lottery", section 3: Uniform.
+    Args, Returns and Raises as for `global_`; also UserError, with the smallest density
+    possible, if the first kernel alone has more than k weights. Evci et al. (2020), "Rigging the
+    lottery", section 3.
 
     >>> scores = {"a": np.zeros(2), "b": np.arange(4.0), "c": np.arange(8.0)}
     >>> {name: int(m.sum()) for name, m in uniform(scores, 5 / 14).items()}
@@ -358,8 +359,8 @@ def _spread(
                 possible, True, key=lambda k: all(_shares(k, weight, least, most).values())
             )
         raise _too_few(k, " and ".join(takers), need, sum(np.size(scores[n]) for n in most))
-    chosen = _each({n: scores[n] for n in most}, _shares(k, weight, least, most), within)
-    return _checked({n: (mask | chosen)[n] for n in scores}, min_per_layer)
+    mask |= _each({n: scores[n] for n in most}, _shares(k, weight, least, most), within)
+    return _checked({name: mask[name] for name in scores}, min_per_layer)
 
 
 def _shares(

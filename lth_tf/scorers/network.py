@@ -9,6 +9,7 @@ where that is needed, and there is nothing to restore.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -230,7 +231,10 @@ class Network:
             fixed = vector or [None if g is None else tf.stop_gradient(g) for g in gradient]
             pairs = [(g, v) for g, v in zip(gradient, fixed, strict=True) if g is not None]
             along = tf.add_n([tf.reduce_sum(g * v) for g, v in pairs])
-        return value, tape.gradient(along, values, unconnected_gradients="zero")
+        products = tape.gradient(along, values, unconnected_gradients="zero")
+        return value, [
+            None if g is None else p for g, p in zip(gradient, products, strict=True)
+        ]
 
     def _call(
         self, function: Any, values: list, part: tuple, loss: Loss, temperature: float = 1.0,
@@ -243,10 +247,13 @@ class Network:
         arguments = values, images, labels, *numbers, *vector
         try:
             value, result = function(*arguments)
-        except LookupError as error:
-            raise UserError(
-                f"model {self.model.name!r} has no second derivative ({error}); use --scorer=snip"
-            ) from error
+        except Exception as error:  # autograph hides LookupError in one of its own
+            if found := re.search(r"gradient registry has no entry for: (\w+)", str(error)):
+                raise UserError(
+                    f"model {self.model.name!r} has no second derivative: TensorFlow cannot "
+                    f"differentiate {found[1]}; use --scorer=snip"
+                ) from error
+            raise
         if function is self._product:
             self._refuse_moments(function.get_concrete_function(*arguments).graph)
         if missing := [n for n, r in zip(self.kernels, result, strict=True) if r is None]:
@@ -370,8 +377,9 @@ def _batch_norm(layer: Any, train: bool) -> Callable[..., Any]:
         def spread(value: Any) -> Any:
             return value if kept == [rank - 1] else tf.reshape(value, shape)
 
-        gamma = tf.ones([], inputs.dtype) if layer.gamma is None else spread(layer.gamma)
-        beta = tf.zeros([], inputs.dtype) if layer.beta is None else spread(layer.beta)
+        zeros = tf.zeros_like(layer.moving_mean)
+        gamma = spread(zeros + 1 if layer.gamma is None else layer.gamma)
+        beta = spread(zeros if layer.beta is None else layer.beta)
         if not (train and layer.trainable):
             factor = gamma * tf.math.rsqrt(spread(layer.moving_variance) + layer.epsilon)
             return inputs * factor + (beta - spread(layer.moving_mean) * factor)
