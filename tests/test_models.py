@@ -1,26 +1,54 @@
 """models: the papers' sizes, weights that are a function of the seed, noise that repeats."""
 
+import fnmatch
+import functools
+import inspect
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from lth_tf import pruning, storage
+from lth_tf import models, pruning, storage
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.models import INITS, MODELS, StatelessDropout
+from lth_tf.models.resnet import IdentityShortcut
+from lth_tf.spec import Spec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHAPES = {"lenet_300_100": (28, 28, 1)}
 FIXED = list(MODELS)
+# Their families' smallest networks with more of the same blocks; test_conformance runs them.
+DEEP = ["resnet32", "resnet44", "resnet56", "resnet110", "vgg13", "vgg16"]
+QUICK = [name for name in FIXED if name not in DEEP]
+SHAPES = {"lenet_300_100": (28, 28, 1)}
+# The smallest images.
+SIDES = {
+    "conv2": 2, "conv2_dropout": 2, "conv4": 4, "conv4_dropout": 4, "conv6": 8, "conv6_dropout": 8,
+    "lenet5": 16, "vgg11": 16, "vgg13": 16, "vgg16": 16, "vgg19": 16, "imagenet_vgg16": 32,
+}  # fmt: skip
 
 
 def build(name, seed=0, shape=None, classes=10, **options):
     return MODELS[name](shape or SHAPES.get(name, (32, 32, 3)), classes, seed, **options)
+
+
+def small(name, seed=0, shape=None, classes=7, **options):
+    """As `build`, with small images and few channels."""
+    side = max(8, SIDES.get(name, 1))
+    if "width" in inspect.signature(MODELS[name]).parameters:
+        options.setdefault("width", 1 / 16)
+    return build(name, seed, shape or (side + 4, side + 1, 2), classes, **options)
+
+
+@functools.cache
+def shared(name):
+    """One network for all tests that only look at it."""
+    return small(name)
 
 
 def values(model):
@@ -36,8 +64,10 @@ def sizes(model):
 
 def test_names():
     assert FIXED == [
-        "lenet_300_100", "conv2", "conv2_dropout", "conv4", "conv4_dropout", "conv6",
-        "conv6_dropout",
+        "lenet_300_100", "lenet5", "conv2", "conv2_dropout", "conv4", "conv4_dropout", "conv6",
+        "conv6_dropout", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "imagenet_resnet18", "imagenet_resnet50", "vgg11", "vgg13", "vgg16", "vgg19",
+        "imagenet_vgg16",
     ]  # fmt: skip
 
 
@@ -50,6 +80,13 @@ def test_lenet_300_100():
         "fc2/kernel": "dense",
         "output/kernel": "output",
     }
+
+
+def test_lenet5():
+    """Lee et al. 2019: the Caffe version, of 431K parameters."""
+    model = build("lenet5", shape=(28, 28, 1))
+    assert model.count_params() == 431_080
+    assert list(sizes(model).values()) == [500, 25_000, 400_000, 5000]
 
 
 @pytest.mark.parametrize("dropout", ["", "_dropout"])
@@ -72,20 +109,40 @@ def test_conv(name, dropout, conv, dense):
     assert [w.shape[-1] for w in pruning.kernels(model).values()] == [*filters, 256, 256, 10]
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", QUICK)
 def test_ends_in_logits_of_any_number_of_classes(name):
-    model = build(name, shape=(12, 9, 2), classes=7)
+    model = shared(name)
     assert model.output_shape == (None, 7) and model.built
-    out = model(np.random.default_rng(0).normal(size=(5, 12, 9, 2)).astype(np.float32)).numpy()
+    x = np.random.default_rng(0).normal(size=(5, *model.input_shape[1:])).astype(np.float32)
+    out = model(x).numpy()
     assert out.min() < 0 and np.abs(out.sum(1) - 1).min() > 1e-3
 
 
-@pytest.mark.parametrize("name", FIXED)
-def test_plain_and_biases_zero(name):
-    model = build(name, shape=(8, 8, 1))
+@pytest.mark.parametrize("name", QUICK)
+def test_plain_biases_zero_normalisation_one(name):
+    model = shared(name)
     assert not any(isinstance(layer, pruning.MaskedLayer) for layer in model.layers)
     kernels = pruning.kernels(model)
-    assert all((v == 0).all() for n, v in values(model).items() if n not in kernels)
+    for n, v in values(model).items():
+        if n not in kernels:
+            assert (v == n.endswith(("gamma", "moving_variance"))).all(), n
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_smallest_images(name):
+    side = SIDES[name]
+    assert small(name, shape=(side, side, 3)).output_shape == (None, 7)
+    message = rf"'{name}' needs images .* of at least {side}x{side} pixels, not \["
+    for shape in ((side - 1, side, 3), (32, side - 1, 3), (3 * side**2,)):
+        with pytest.raises(UserError, match=message):
+            small(name, shape=shape)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "imagenet_resnet18"])
+def test_resnets_take_images_of_any_size(name):
+    assert small(name, shape=(1, 3, 1))(np.ones((2, 1, 3, 1), np.float32)).shape == (2, 7)
+    with pytest.raises(UserError, match=rf"'{name}' needs images .*, not \[784\]"):
+        build(name, shape=(784,))
 
 
 def test_lenet_family():
@@ -115,15 +172,247 @@ def test_unknown_names():
         build("conv2", init="glorot")
 
 
+# Residual and VGG networks.
+
+
+def counts(name, shape=(32, 32, 3), classes=10, **options):
+    """Numbers of trainable, other and prunable parameters, of a graph that allocates none."""
+    with tf.Graph().as_default():
+        model = build(name, shape=shape, classes=classes, **options)
+        trainable = sum(math.prod(v.shape) for v in model.trainable_variables)
+        return trainable, model.count_params() - trainable, sum(sizes(model).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # 0.27, 0.46, 0.66, 0.85 and 1.7 million in He et al. 2016, table 6.
+    [
+        ("resnet20", 269_722), ("resnet32", 464_154), ("resnet44", 658_586), ("resnet56", 853_018),
+        ("resnet110", 1_727_962),
+    ],
+)  # fmt: skip
+def test_resnets_for_small_images(name, parameters):
+    normalised = (int(name[6:]) - 2) // 3 * (16 + 32 + 64) + 16
+    assert counts(name, shortcut="identity") == (
+        parameters, 2 * normalised, parameters - 2 * normalised - 10,
+    )  # fmt: skip
+
+
+def test_resnet20_is_the_resnet_18_of_the_ticket_paper():
+    """274K parameters, 270K in convolutions (Frankle and Carbin 2019, figure 2)."""
+    model = build("resnet20")
+    found = sizes(model)
+    assert model.count_params() == 274_042
+    assert sum(math.prod(v.shape) for v in model.trainable_variables) == 272_474
+    assert sum(found.values()) == 270_256 + 640 and found["output/kernel"] == 640
+    shortcuts = [n for n in found if fnmatch.fnmatch(n, "*shortcut*")]
+    assert [found[n] for n in shortcuts] == [16 * 32, 32 * 64]
+    # Identity shortcuts save these, and their normalisation.
+    assert 272_474 - 2560 - 2 * (32 + 64) == 269_722
+
+
+def test_resnet32_of_double_width():
+    """1.86 million parameters (Wang et al. 2020)."""
+    assert counts("resnet32", width=2.0)[0] == 1_860_522
+
+
+@pytest.mark.parametrize(
+    ("name", "conv", "normalised"),
+    [
+        ("vgg11", 9_217_728, 2752),
+        ("vgg13", 9_402_048, 2944),
+        ("vgg16", 14_710_464, 4224),
+        ("vgg19", 20_018_880, 5504),  # 20.0M (Frankle and Carbin 2019, figure 2)
+    ],
+)
+def test_vggs_for_small_images(name, conv, normalised):
+    wanted = conv + 5120 + 2 * normalised + 10, 2 * normalised, conv + 5120
+    assert counts(name) == wanted
+    if name == "vgg11":
+        assert counts(name, (64, 64, 3)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "others"),
+    # As published for torchvision's resnet18, resnet50 and vgg16_bn.
+    [
+        ("imagenet_resnet18", 11_689_512, 9600),
+        ("imagenet_resnet50", 25_557_032, 53_120),
+        ("imagenet_vgg16", 138_365_992, 2 * 4224 + 2),  # and the counts of two dropouts
+    ],
+)
+def test_imagenet_networks(name, trainable, others):
+    assert counts(name, (224, 224, 3), 1000)[:2] == (trainable, others)
+
+
+def channels(model):
+    return [v.shape[-1] for v in pruning.kernels(model).values()]
+
+
+def test_width():
+    with tf.Graph().as_default():
+        thin, least = (channels(build("resnet20", width=w)) for w in (0.3, 0.01))
+        half = channels(build("vgg13", width=0.5))
+        large = channels(build("imagenet_vgg16", width=1 / 32))
+    assert thin == [*[5] * 7, *[10] * 7, *[19] * 7, 10]  # of 4.8, 9.6 and 19.2
+    assert least == [1] * 21 + [10]
+    assert half == [32, 32, 64, 64, 128, 128, 256, 256, 256, 256, 10]
+    assert large == [2, 2, 4, 4, 8, 8, 8, *[16] * 6, 128, 128, 10]
+    assert set(channels(shared("imagenet_resnet50"))) == {4, 8, 16, 32, 64, 128, 7}
+
+
+@pytest.mark.parametrize("name", [n for n in QUICK if "resnet" in n or "vgg" in n])
+def test_names_and_kinds_of_convolutional_networks(name):
+    model = shared(name)
+    kinds = pruning.kinds(model)
+    *others, last = kinds
+    assert kinds[last] == "output" and last == "output/kernel"
+    dense = [n for n in others if kinds[n] != "conv"]
+    assert dense == (["fc1/kernel", "fc2/kernel"] if name == "imagenet_vgg16" else [])
+    shortcuts = [n for n in others if "shortcut" in n]
+    # Small images need one of VGG's three dense layers.
+    layers = int(re.search(r"\d+", name)[0]) - (2 if name.startswith("vgg") else 0)
+    assert len(kinds) - len(shortcuts) == layers
+    if "vgg" in name:
+        assert not shortcuts and others[0] == "stage1_conv1/kernel"
+    else:
+        assert others[:2] == ["stem_conv/kernel", "stage1_block0_conv1/kernel"]
+        stages = {"imagenet_resnet18": (2, 3, 4), "imagenet_resnet50": (1, 2, 3, 4)}
+        assert shortcuts == [f"stage{i}_block0_shortcut/kernel" for i in stages.get(name, (2, 3))]
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            assert layer.use_bias == (name == "imagenet_vgg16")
+        if isinstance(layer, keras.layers.BatchNormalization):
+            assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
+
+
+def test_dropout_of_imagenet_vgg16():
+    model = shared("imagenet_vgg16")
+    found = [layer for layer in model.layers if isinstance(layer, StatelessDropout)]
+    assert [layer.name for layer in found] == ["drop_fc1", "drop_fc2"]
+    assert all(layer.rate == 0.5 for layer in found) and found[0].seed != found[1].seed
+
+
+def residual(model, x):
+    """A residual network's logits, of its weights and TensorFlow's operations alone."""
+    w = values(model)
+
+    def conv(x, name, strides=1):
+        p = w[f"{name}/kernel"].shape[0] // 2
+        return tf.nn.conv2d(x, w[f"{name}/kernel"], strides, [[0, 0], [p, p], [p, p], [0, 0]])
+
+    def norm(x, name):
+        gamma, beta, mean, variance = (
+            w[f"{name}/{n}"] for n in ("gamma", "beta", "moving_mean", "moving_variance")
+        )
+        return (x - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+
+    x = tf.nn.relu(norm(conv(x, "stem_conv", 2 if "imagenet" in model.name else 1), "stem_norm"))
+    if "imagenet" in model.name:
+        x = tf.nn.max_pool2d(x, 3, 2, [[0, 0], [1, 1], [1, 1], [0, 0]])
+    for first in [n for n in w if n.endswith("conv1/kernel")]:
+        name = first.removesuffix("_conv1/kernel")
+        strides = 2 if "block0" in name and "stage1" not in name else 1
+        last = 3 if f"{name}_conv3/kernel" in w else 2
+        y = x
+        for i in range(1, last + 1):
+            y = conv(y, f"{name}_conv{i}", strides if i == last - 1 else 1)
+            y = norm(y, f"{name}_norm{i}")
+            y = y if i == last else tf.nn.relu(y)
+        if f"{name}_shortcut/kernel" in w:
+            x = norm(conv(x, f"{name}_shortcut", strides), f"{name}_shortcut_norm")
+        elif strides == 2:
+            x = x[:, ::2, ::2]
+            x = tf.concat([x, tf.zeros([*x.shape[:3], y.shape[-1] - x.shape[-1]])], -1)
+        x = tf.nn.relu(x + y)
+    return tf.reduce_mean(x, (1, 2)) @ w["output/kernel"] + w["output/bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "options"),
+    [
+        ("resnet20", 32, {}),
+        ("resnet20", 33, {"shortcut": "identity"}),
+        ("imagenet_resnet18", 33, {}),
+        ("imagenet_resnet50", 32, {}),
+    ],
+)
+def test_residual_networks_compute_what_the_papers_say(name, side, options):
+    model = small(name, shape=(side, side - 1, 3), **options)
+    rng = np.random.default_rng(0)
+    for variable in model.variables:  # biases and statistics, too
+        noise = rng.uniform(0.5, 1.5, variable.shape)
+        variable.assign(noise if len(variable.shape) < 2 else noise * variable.numpy())
+    x = rng.normal(size=(2, side, side - 1, 3)).astype(np.float32)
+    np.testing.assert_allclose(model(x), residual(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_identity_shortcut():
+    layer = IdentityShortcut(5, 2)
+    x = np.arange(1, 2 * 3 * 4 * 2 + 1, dtype=np.float32).reshape(2, 3, 4, 2)
+    out = layer(x).numpy()
+    assert out.shape == (2, 2, 2, 5) and not layer.weights
+    assert (out[..., :2] == x[:, [0, 2]][:, :, [0, 2]]).all() and not out[..., 2:].any()
+    assert (IdentityShortcut.from_config(layer.get_config())(x).numpy() == out).all()
+
+
+def test_unknown_shortcut():
+    with pytest.raises(UserError, match="unknown shortcut 'none'; there are: projection, identity"):
+        build("resnet20", shortcut="none")
+
+
+def test_pruned_residual_network_saved_and_loaded(tmp_path):
+    plain = small("resnet20", shape=(8, 8, 1), shortcut="identity", width=0.25)
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    model = pruning.prune(plain)
+    assert (model(x).numpy() == plain(x).numpy()).all()
+    mask = {
+        n: (np.arange(v.size) % 2).reshape(v.shape).astype(np.uint8)
+        for n, v in pruning.get_mask(model).items()
+    }
+    pruning.set_mask(model, mask)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert (loaded(x).numpy() == model(x).numpy()).all()
+    assert all((m == mask[n]).all() for n, m in pruning.get_mask(loaded).items())
+    assert (pruning.strip(loaded)(x).numpy() == model(x).numpy()).all()
+
+
+# Specs.
+
+
+def test_a_spec_chooses_width_shortcut_and_init():
+    spec = Spec(model="resnet20", width=0.5, shortcut="identity", init="kaiming_normal")
+    model = models.build(spec, (8, 8, 1), 10, 3)
+    wanted = build("resnet20", 3, (8, 8, 1), width=0.5, shortcut="identity", init="kaiming_normal")
+    assert storage.digest(values(model)) == storage.digest(values(wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lenet_300_100", {"width": 2.0}),
+        ("lenet5", {"width": 0.5}),
+        ("conv2", {"shortcut": "identity"}),
+        ("vgg11", {"shortcut": "identity"}),
+        ("imagenet_resnet18", {"shortcut": "identity"}),
+    ],
+)
+def test_a_spec_is_refused_what_the_network_lacks(name, options):
+    (option,) = options
+    with pytest.raises(UserError, match=rf"model '{name}' has no {option} to choose; leave it at"):
+        models.build(Spec(model=name, **options), (32, 32, 3), 10, 0)
+
+
 # Seeds.
 
 
-@pytest.mark.parametrize("name", [*FIXED, "lenet_9_8_7"])
+@pytest.mark.parametrize("name", [*QUICK, "lenet_9_8_7"])
 def test_equal_seeds_are_equal_weights_and_others_differ_everywhere(name):
-    one = values(build(name, seed=1, shape=(8, 8, 1)))
+    one = values(shared(name))
     keras.utils.set_random_seed(5)
     build("conv2", shape=(8, 8, 1))
-    same, other = (values(build(name, seed=seed, shape=(8, 8, 1))) for seed in (1, 2))
+    same, other = (values(small(name, seed=seed)) for seed in (0, 1))
     assert list(one) == list(same)
     assert storage.digest(one) == storage.digest(same)
     kernels = [n for n in one if n.endswith("kernel")]
@@ -144,7 +433,7 @@ def test_equal_seeds_are_equal_weights_in_every_process():
     code = """
 from lth_tf import pruning, storage
 from lth_tf.models import MODELS
-for name in ("conv4_dropout", "lenet_300_100"):
+for name in ("conv4_dropout", "lenet_300_100", "resnet20"):
     model = MODELS[name]((8, 8, 1), 10, 3)
     print(storage.digest({n: v.numpy() for n, v in pruning.weights(model).items()}))
 """
@@ -155,7 +444,7 @@ for name in ("conv4_dropout", "lenet_300_100"):
     # Here in the other order.
     here = [
         storage.digest(values(build(name, seed=3, shape=(8, 8, 1))))
-        for name in ("lenet_300_100", "conv4_dropout")
+        for name in ("resnet20", "lenet_300_100", "conv4_dropout")
     ]
     assert out.split() == here[::-1]
 
@@ -196,8 +485,12 @@ def test_init(name, shape):
 
 @pytest.mark.parametrize("init", list(INITS))
 def test_models_use_the_init(init):
-    for name, shape in (("lenet_300_100", (28, 28, 1)), ("conv2", (8, 8, 3))):
-        model = build(name, shape=shape, init=init)
+    for model in (
+        build("lenet_300_100", init=init),
+        build("conv2", shape=(8, 8, 3), init=init),
+        small("resnet20", init=init, width=0.25),
+        small("vgg11", init=init, width=0.25),
+    ):
         for kernel in pruning.kernels(model).values():
             field = math.prod(kernel.shape[:-2])
             std = STD[init](field * kernel.shape[-2], field * kernel.shape[-1])

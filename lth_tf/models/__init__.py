@@ -8,108 +8,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
-from lth_tf.compat import keras, tf
+from lth_tf.compat import keras
 from lth_tf.errors import UserError
+from lth_tf.models import resnet, vgg
+from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, require_images
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 
-Builder = Callable[..., Any]
-Init = Callable[[int], Any]
-
-INITS: Registry[Init] = Registry("initialisation")
-
-
-@INITS.register("glorot_normal")
-def glorot_normal(seed: int) -> Any:
-    """Variance 2 / (fan_in + fan_out), truncated at two standard deviations (corrected).
-
-    Glorot and Bengio 2010. Truncated as in Frankle's code; the ticket paper says
-    "Gaussian Glorot".
-    """
-    return keras.initializers.GlorotNormal(seed=seed)
-
-
-@INITS.register("glorot_normal_untruncated")
-def glorot_normal_untruncated(seed: int) -> Any:
-    """Variance 2 / (fan_in + fan_out), a plain normal distribution."""
-    return keras.initializers.VarianceScaling(1.0, "fan_avg", "untruncated_normal", seed=seed)
-
-
-@INITS.register("glorot_uniform")
-def glorot_uniform(seed: int) -> Any:
-    """Variance 2 / (fan_in + fan_out), uniform: Keras' default."""
-    return keras.initializers.GlorotUniform(seed=seed)
-
-
-@INITS.register("kaiming_normal")
-def kaiming_normal(seed: int) -> Any:
-    """Variance 2 / fan_in, a plain normal distribution (He et al. 2015; open_lth's default)."""
-    return keras.initializers.VarianceScaling(2.0, "fan_in", "untruncated_normal", seed=seed)
-
-
-def _inits(init: str, seed: int) -> Iterator[Any]:
-    """One initialiser after another, each with its own seed derived from `seed`."""
-    make = INITS[init]
-    stream = np.random.default_rng([seed, 0x1A1E])
-    while True:
-        yield make(int(stream.integers(2**31 - 1)))
-
-
-@keras.saving.register_keras_serializable(package="lth_tf")
-class StatelessDropout(keras.layers.Layer):
-    """Dropout whose noise is a function of (seed, number of training calls so far).
-
-    The count is a weight like any other, so saving, rewinding and resuming restore the
-    noise too, which Keras' Dropout cannot do.
-
-    Args:
-      rate: fraction of inputs set to 0, below 1; the rest is scaled by 1 / (1 - rate).
-      seed: any integer.
-    """
-
-    def __init__(self, rate: float, seed: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.rate = rate
-        self.seed = seed
-
-    def build(self, input_shape: Any) -> None:
-        """Creates the count, int64 []."""
-        self.count = self.add_weight(
-            "count",
-            [],
-            dtype=tf.int64,
-            initializer="zeros",
-            trainable=False,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
-        super().build(input_shape)
-
-    def call(self, inputs: Any, training: Any = None) -> Any:
-        """Drops in training, passes inputs through otherwise."""
-        if training is None:
-            training = keras.backend.learning_phase()
-        if not isinstance(training, bool) and not isinstance(training, int):
-            return tf.cond(training, lambda: self._drop(inputs), lambda: tf.identity(inputs))
-        return self._drop(inputs) if training else inputs
-
-    def _drop(self, inputs: Any) -> Any:
-        context = tf.distribute.get_replica_context()
-        replica = context.replica_id_in_sync_group if context else 0
-        key = tf.stack([tf.cast(self.seed * 1009 + replica, tf.int64), self.count.read_value()])
-        noise = tf.random.stateless_uniform(tf.shape(inputs), key)
-        with tf.control_dependencies([noise]):
-            self.count.assign_add(1)
-        scale = tf.cast(1 / (1 - self.rate), inputs.dtype)
-        return tf.where(noise >= self.rate, inputs * scale, tf.zeros([], inputs.dtype))
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the configuration."""
-        return {**super().get_config(), "rate": self.rate, "seed": self.seed}
+__all__ = ["INITS", "MODELS", "StatelessDropout", "build"]
 
 
 def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
@@ -135,7 +43,7 @@ def _lenet(units: list[int]) -> Builder:
     def build(
         input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
     ) -> Any:
-        inits = _inits(init, seed)
+        inits = initialisers(init, seed)
         layers = [keras.Input(input_shape), keras.layers.Flatten(name="flatten")]
         for i, n in enumerate(units):
             layers.append(
@@ -170,7 +78,8 @@ def lenet5(
     "LeNet-5-Caffe" of the pruning papers (Lee et al. 2019, section 5.1): 431,080
     parameters on 28x28 images, 430,500 of them weights of kernels.
     """
-    inits = _inits(init, seed)
+    require_images("lenet5", input_shape, 16)
+    inits = initialisers(init, seed)
     layers: list[Any] = [keras.Input(input_shape)]
     for i, filters in enumerate((20, 50)):
         layers += [
@@ -192,10 +101,13 @@ def lenet5(
 
 
 def _conv(blocks: list[int], dropout: float) -> Builder:
+    name = f"conv{2 * len(blocks)}"
+
     def build(
         input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
     ) -> Any:
-        inits = _inits(init, seed)
+        require_images(name + "_dropout" * (dropout > 0), input_shape, 2 ** len(blocks))
+        inits = initialisers(init, seed)
         layers: list[Any] = [keras.Input(input_shape)]
         n = 0
         for filters in blocks:
@@ -224,7 +136,7 @@ def _conv(blocks: list[int], dropout: float) -> Builder:
             if dropout:
                 layers.append(StatelessDropout(dropout, seed * 16 + 8 + i, name=f"drop_fc{i}"))
         layers.append(keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"))
-        return keras.Sequential(layers, name=f"conv{2 * len(blocks)}")
+        return keras.Sequential(layers, name=name)
 
     build.__doc__ = (
         f"VGG-like network: two 3x3 convolutions and a max-pool for each of {blocks} filters, two "
@@ -236,3 +148,7 @@ def _conv(blocks: list[int], dropout: float) -> Builder:
 for _depth, _blocks in ((2, [64]), (4, [64, 128]), (6, [64, 128, 256])):
     MODELS.register(f"conv{_depth}")(_conv(_blocks, 0.0))
     MODELS.register(f"conv{_depth}_dropout")(_conv(_blocks, 0.5))
+
+for _builders in (resnet.BUILDERS, vgg.BUILDERS):
+    for _name, _builder in _builders.items():
+        MODELS.register(_name)(_builder)

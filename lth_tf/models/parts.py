@@ -1,0 +1,124 @@
+"""What the networks are made of: initialisations, dropout that repeats, sizes that are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lth_tf.compat import keras, tf
+from lth_tf.errors import UserError
+from lth_tf.registry import Registry
+
+Builder = Callable[..., Any]
+Init = Callable[[int], Any]
+
+INITS: Registry[Init] = Registry("initialisation")
+
+
+@INITS.register("glorot_normal")
+def glorot_normal(seed: int) -> Any:
+    """Variance 2 / (fan_in + fan_out), truncated at two standard deviations (corrected).
+
+    Glorot and Bengio 2010. Truncated as in Frankle's code; the ticket paper says
+    "Gaussian Glorot".
+    """
+    return keras.initializers.GlorotNormal(seed=seed)
+
+
+@INITS.register("glorot_normal_untruncated")
+def glorot_normal_untruncated(seed: int) -> Any:
+    """Variance 2 / (fan_in + fan_out), a plain normal distribution."""
+    return keras.initializers.VarianceScaling(1.0, "fan_avg", "untruncated_normal", seed=seed)
+
+
+@INITS.register("glorot_uniform")
+def glorot_uniform(seed: int) -> Any:
+    """Variance 2 / (fan_in + fan_out), uniform: Keras' default."""
+    return keras.initializers.GlorotUniform(seed=seed)
+
+
+@INITS.register("kaiming_normal")
+def kaiming_normal(seed: int) -> Any:
+    """Variance 2 / fan_in, a plain normal distribution (He et al. 2015; open_lth's default)."""
+    return keras.initializers.VarianceScaling(2.0, "fan_in", "untruncated_normal", seed=seed)
+
+
+def initialisers(init: str, seed: int) -> Iterator[Any]:
+    """One initialiser after another, each with its own seed derived from `seed`."""
+    make = INITS[init]
+    stream = np.random.default_rng([seed, 0x1A1E])
+    while True:
+        yield make(int(stream.integers(2**31 - 1)))
+
+
+@keras.saving.register_keras_serializable(package="lth_tf")
+class StatelessDropout(keras.layers.Layer):
+    """Dropout whose noise is a function of (seed, number of training calls so far).
+
+    The count is a weight like any other, so saving, rewinding and resuming restore the
+    noise too, which Keras' Dropout cannot do.
+
+    Args:
+      rate: fraction of inputs set to 0, below 1; the rest is scaled by 1 / (1 - rate).
+      seed: any integer.
+    """
+
+    def __init__(self, rate: float, seed: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.rate = rate
+        self.seed = seed
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the count, int64 []."""
+        self.count = self.add_weight(
+            "count",
+            [],
+            dtype=tf.int64,
+            initializer="zeros",
+            trainable=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+        super().build(input_shape)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        """Drops in training, passes inputs through otherwise."""
+        if training is None:
+            training = keras.backend.learning_phase()
+        if not isinstance(training, bool) and not isinstance(training, int):
+            return tf.cond(training, lambda: self._drop(inputs), lambda: tf.identity(inputs))
+        return self._drop(inputs) if training else inputs
+
+    def _drop(self, inputs: Any) -> Any:
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group if context else 0
+        key = tf.stack([tf.cast(self.seed * 1009 + replica, tf.int64), self.count.read_value()])
+        noise = tf.random.stateless_uniform(tf.shape(inputs), key)
+        with tf.control_dependencies([noise]):
+            self.count.assign_add(1)
+        scale = tf.cast(1 / (1 - self.rate), inputs.dtype)
+        return tf.where(noise >= self.rate, inputs * scale, tf.zeros([], inputs.dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the configuration."""
+        return {**super().get_config(), "rate": self.rate, "seed": self.seed}
+
+
+def require_images(model: str, input_shape: tuple[int, ...], smallest: int = 1) -> None:
+    """Raises UserError unless the inputs are images with sides of at least `smallest` pixels."""
+    if len(input_shape) != 3 or min(input_shape[:2]) < smallest:
+        raise UserError(
+            f"model {model!r} needs images [height, width, channels] of at least "
+            f"{smallest}x{smallest} pixels, not {list(input_shape)}"
+        )
+
+
+def scaled(channels: int, width: float) -> int:
+    """Returns width x channels as a whole number, at least 1."""
+    return max(1, round(width * channels))
+
+
+def norm(name: str) -> Any:
+    """Returns batch normalisation, momentum 0.9 and epsilon 1e-5: PyTorch's and the papers'."""
+    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)
