@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import statistics
 import subprocess
@@ -18,6 +20,7 @@ from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
+from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
 from lth_tf.training import CHUNK, OPTIMIZERS, Trainer, initial_weights
 
@@ -117,6 +120,98 @@ def train(spec: Spec, dataset: Dataset, steps: int, rounds: int) -> dict[str, An
     return result
 
 
+def score(spec: Spec, input_shape: tuple[int, ...], classes: int, rounds: int) -> dict[str, Any]:
+    """Compares scorers with one gradient of the same samples, on random images.
+
+    gradient: of the plain Keras model in training mode, its own BatchNormalization, in one
+    tf.function. The others are the spec's scorers; grasp_10x has ten times the samples in
+    ten micro-batches, synflow is one of its 100 rounds, all take the weights from the model and
+    bring the scores back.
+
+    Args:
+      spec: model, samples_per_class, score_batch_size, temperature.
+      input_shape, classes: of the data set.
+      rounds: how often.
+
+    Returns:
+      seconds by name (medians), ratio_seconds (median over rounds of the ratio to gradient),
+      peak_memory_mb of a process of its own, and the same above one that only builds the model.
+    """
+    contenders = _scorers(spec, input_shape, classes)
+    seconds = alternate({n: c for n, c in contenders.items() if n != "nothing"}, rounds)
+    peaks = {}
+    for name in contenders:
+        child = (
+            "import json, sys; from lth_tf import bench; "
+            "bench.once(*map(json.loads, sys.argv[1:]))"
+        )
+        arguments = map(json.dumps, (name, spec.as_dict(), input_shape, classes))
+        peaks[name] = _child([sys.executable, "-c", child, *arguments])[1]
+    return {
+        "model": spec.model,
+        "samples": spec.samples_per_class * classes,
+        "seconds_by_name": {name: statistics.median(s) for name, s in seconds.items()},
+        "ratio_seconds": {
+            name: statistics.median(b / a for a, b in zip(seconds["gradient"], s, strict=True))
+            for name, s in seconds.items()
+        },
+        "peak_memory_mb": peaks,
+        "above_model_mb": {name: peak - peaks["nothing"] for name, peak in peaks.items()},
+    }
+
+
+def once(name: str, spec: dict[str, Any], input_shape: list[int], classes: int) -> None:
+    """Runs a contender of `score` twice: what a child process does whose memory is measured."""
+    contender = _scorers(Spec.from_dict(spec), tuple(input_shape), classes)[name]
+    for _ in range(2):
+        contender()
+
+
+def _scorers(spec: Spec, input_shape: tuple[int, ...], classes: int) -> dict[str, Contender]:
+    model = models.build(spec, input_shape, classes, spec.seed)
+    reused, kernels = Reused(model), pruning.kernels(model)
+    samples, rng = spec.samples_per_class * classes, np.random.default_rng(0)
+
+    @functools.cache
+    def batches(factor: int) -> list:
+        images = rng.normal(size=(samples * factor, *input_shape)).astype(np.float32)
+        labels = (np.arange(samples * factor) % classes).astype(np.int32)
+        parts = -(-samples * factor // spec.score_batch_size)
+        return list(
+            zip(np.array_split(images, parts), np.array_split(labels, parts), strict=True)
+        )
+
+    @tf.function
+    def differentiate(images: Any, labels: Any) -> list:
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        return tape.gradient(loss, model.trainable_variables)
+
+    def gradient() -> None:
+        for images, labels in batches(1):
+            for g in differentiate(tf.constant(images), tf.constant(labels)):
+                g.numpy()
+
+    def of(name: str, factor: int = 1) -> Contender:
+        def run() -> None:
+            values = {n: v.numpy() for n, v in kernels.items()}
+            SCORERS[name](reused, values, batches(factor) if factor else None)
+
+        return run
+
+    return {
+        "nothing": lambda: None,
+        "gradient": gradient,
+        "snip": of("snip"),
+        "grasp": of("grasp"),
+        "grasp_10x": of("grasp", 10),
+        "synflow": of("synflow", 0),
+        "magnitude": of("magnitude", 0),
+        "random": of("random", 0),
+    }
+
+
 def start(spec: Spec, data_dir: str | None, rounds: int) -> dict[str, Any]:
     """Measures a whole lth-imp that trains 100 steps, in child processes.
 
@@ -134,20 +229,25 @@ def start(spec: Spec, data_dir: str | None, rounds: int) -> dict[str, Any]:
     seconds, peaks = [], []
     for i in range(rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            child = subprocess.Popen(
-                [*command, f"--workdir={folder}"], stdout=subprocess.DEVNULL
-            )
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            if child.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed")
-            if i:  # the first fills the caches
-                seconds.append(time.perf_counter() - began)
-                peaks.append(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+            taken, peak = _child([*command, f"--workdir={folder}"])
+        if i:  # the first fills the caches
+            seconds.append(taken)
+            peaks.append(peak)
     return {
         "model": spec.model,
         "dataset": spec.dataset,
         "seconds": statistics.median(seconds),
         "peak_memory_mb": max(peaks),
     }
+
+
+def _child(command: list[str]) -> tuple[float, float]:
+    """Runs a process to its end; returns its seconds and its peak memory in MB."""
+    began = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed")
+    taken = time.perf_counter() - began
+    return taken, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

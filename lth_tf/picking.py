@@ -11,7 +11,7 @@ import numpy as np
 
 from lth_tf import feeds, masks
 from lth_tf.compat import tf
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.scopes import count
 from lth_tf.scorers import LOSSES, ROUNDS, one_shot_mask
@@ -57,12 +57,17 @@ def balanced(labels: np.ndarray, classes: int, per_class: int, seed: int) -> np.
     return np.stack(rows, 1).reshape(-1)
 
 
-def batches(spec: Spec, dataset: Dataset, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def batches(
+    spec: Spec, dataset: Dataset | Streamed, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the examples to score on, (images as the network takes them, int32 labels).
 
     They are of the training part, without augmentation.
     """
-    images, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
+    if isinstance(dataset, Streamed):
+        images, labels = _first_of_each(spec, dataset, seed)
+    else:
+        images, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
     chosen = balanced(labels, dataset.classes, spec.samples_per_class, seed)
     dtype = tf.float64 if spec.precision == "float64" else tf.float32
     parts = np.array_split(chosen, -(-len(chosen) // spec.score_batch_size))
@@ -75,6 +80,23 @@ def batches(spec: Spec, dataset: Dataset, seed: int) -> list[tuple[np.ndarray, n
         )
         for part in parts
     ]
+
+
+def _first_of_each(
+    spec: Spec, dataset: Streamed, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first samples_per_class examples of each class in the order of the first epoch."""
+    taken = np.zeros(dataset.classes, int)
+    images, labels = [], []
+    for some, kinds in feeds.walk(dataset, spec.validation_size, spec.score_batch_size, seed):
+        for image, label in zip(some, kinds, strict=True):
+            if taken[label] < spec.samples_per_class:
+                taken[label] += 1
+                images.append(image)
+                labels.append(label)
+        if (taken == spec.samples_per_class).all():
+            break
+    return np.stack(images), np.array(labels, np.int32)
 
 
 def options(spec: Spec, seed: int) -> dict[str, Any]:
@@ -119,7 +141,7 @@ def densities(spec: Spec, sizes: Mapping[str, int]) -> list[dict[str, float]]:
 
 def pick(
     dense: Ticket,
-    dataset: Dataset,
+    dataset: Dataset | Streamed,
     density: Mapping[str, float],
     level: int,
     transform: Transform | None = None,

@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from lth_tf import analysis
+from lth_tf import analysis, masks, pruning
 from lth_tf.analysis.summary import COLUMNS, read_csv, write_csv
+from lth_tf.compat import keras
 from lth_tf.errors import UserError
+from lth_tf.models import MODELS
 
 METRICS = [
     {"step": 100, "validation_loss": 0.5, "test_accuracy": 0.90, "seconds": 0.1},
@@ -252,3 +254,100 @@ def test_verdict_from_a_file(tmp_path):
     rows = [{**dict.fromkeys(COLUMNS, 0), **r} for r in replicated((0.98, 0.99, 0.97))]
     analysis.write_summary(tmp_path, rows)
     assert analysis.winning(analysis.read_summary(tmp_path)) == analysis.winning(rows)
+
+
+# Paths.
+
+
+def brute_force(shapes, mask):
+    """Which weights of a chain of dense kernels lie on a path, unit by unit."""
+    names = list(shapes)
+    reach = [np.ones(shapes[names[0]][0], bool)]
+    for name in names:
+        reach.append((mask[name] * reach[-1][:, None]).any(0))
+    needed = [np.ones(shapes[names[-1]][1], bool)]
+    for name in reversed(names):
+        needed.insert(0, (mask[name] * needed[0][None, :]).any(1))
+    return {
+        name: mask[name] * reach[i][:, None] * needed[i + 1][None, :]
+        for i, name in enumerate(names)
+    }
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "softplus", "linear"])
+def test_connected_is_what_lies_on_a_path(activation):
+    units = [7, 9, 8, 5, 3]
+    dense = [
+        keras.layers.Dense(n, activation=activation, name=f"d{i}") for i, n in enumerate(units[1:])
+    ]
+    model = keras.Sequential([keras.Input((7,)), *dense])
+    rng = np.random.default_rng(0)
+    for density in (0.05, 0.15, 0.3, 0.6):
+        mask = {
+            n: (rng.random(v.shape) < density).astype(np.uint8)
+            for n, v in pruning.kernels(model).items()
+        }
+        wanted = brute_force({n: m.shape for n, m in mask.items()}, mask)
+        found = analysis.connected(model, mask)
+        assert all(np.array_equal(found[n], wanted[n]) for n in mask)
+        assert masks.is_subset(found, mask)
+
+
+def test_connected_sees_through_convolutions_pools_norms_and_shortcuts():
+    x = keras.Input((8, 8, 2))
+    h = keras.layers.Conv2D(3, 3, padding="same", name="a")(x)
+    h = keras.layers.BatchNormalization()(h)
+    h = keras.layers.MaxPooling2D()(keras.layers.ReLU()(h))
+    y = keras.layers.Conv2D(3, 3, padding="same", name="b")(h)
+    h = keras.layers.Add()([h, keras.layers.BatchNormalization()(y)])
+    h = keras.layers.GlobalAveragePooling2D()(h)
+    model = keras.Model(x, keras.layers.Dense(2, activation="softmax", name="out")(h))
+    full = masks.ones({n: tuple(v.shape) for n, v in pruning.kernels(model).items()})
+    assert all(m.all() for m in analysis.connected(model, full).values())
+    cut = {n: m.copy() for n, m in full.items()}
+    cut["b/kernel"][..., 1] = 0  # channel 1 still comes by the shortcut
+    cut["a/kernel"][..., 2] = 0  # channel 2 comes from b only
+    cut["out/kernel"][0] = 0  # channel 0 goes into b only
+    found = analysis.connected(model, cut)
+    assert found["a/kernel"][..., :2].all() and not found["a/kernel"][..., 2].any()
+    # b: from channels 0 and 1 (2 is empty), to channel 2 (0 is not looked at, 1 is pruned).
+    assert found["b/kernel"][:, :, :2, 2].all() and found["b/kernel"].sum() == 9 * 2
+    assert np.array_equal(found["out/kernel"], cut["out/kernel"])
+
+
+def test_taps_that_only_see_padding_lie_on_no_path():
+    x = keras.Input((1, 1, 2))
+    h = keras.layers.Conv2D(3, 3, padding="same", name="c")(x)
+    model = keras.Model(x, keras.layers.Dense(2, name="out")(keras.layers.Flatten()(h)))
+    full = masks.ones({n: tuple(v.shape) for n, v in pruning.kernels(model).items()})
+    found = analysis.connected(model, full)["c/kernel"]
+    assert found[1, 1].all() and found.sum() == 6
+
+
+def test_collapse_names_what_is_cut():
+    ones = masks.ones({"a": (4, 4), "b": (4, 3)})
+    assert analysis.collapse(ones, ones) == (
+        "density 100.0000%, on a path from input to output 100.0000%"
+    )
+    empty = {"a": np.zeros((4, 4), np.uint8), "b": ones["b"]}
+    nothing = {n: np.zeros_like(m) for n, m in ones.items()}
+    text = analysis.collapse(empty, nothing)
+    assert "warning: empty: a" in text and "warning: on no path: b" in text
+    few = {"a": np.eye(4, dtype=np.uint8) * np.array([1, 1, 1, 0], np.uint8), "b": ones["b"]}
+    assert "fewer weights than outputs: a (3 of 16)" in analysis.collapse(few, few)
+
+
+def test_a_network_of_19_thin_layers_neither_overflows_nor_vanishes():
+    model = MODELS["vgg19"]((32, 32, 3), 10, 0)
+    full = masks.ones({n: tuple(v.shape) for n, v in pruning.kernels(model).items()})
+    rng = np.random.default_rng(0)
+    one = {n: np.zeros_like(m) for n, m in full.items()}
+    channel = 0
+    for m in one.values():  # a single path
+        after = int(rng.integers(m.shape[-1]))
+        m[(1, 1, channel, after) if m.ndim == 4 else (channel, after)] = 1
+        channel = after
+    assert masks.kept(one) == 17
+    found = analysis.connected(model, one)
+    assert all(np.array_equal(found[n], one[n]) for n in one)
+    assert all(m.all() for m in analysis.connected(model, full).values())

@@ -15,7 +15,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.", requ
 BRANCH = flags.DEFINE_list(
     "branch", None, f"comma-separated: any of {', '.join(BRANCHES)}.", required=True
 )
-LEVELS = flags.DEFINE_list("levels", None, "comma-separated: at which levels (default: all).")
+LEVELS = flags.DEFINE_list("levels", None, "comma-separated (default: its control_levels).")
+flags.register_validator("levels", lambda v: all(map(str.isdecimal, v or ())), "whole numbers only")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 
 

@@ -24,8 +24,14 @@ def finish(
     No sentence where weights are not rewound: such networks go on from trained weights,
     and their steps cannot be compared with those of the dense one.
     """
+
+    def show(text: str) -> None:
+        # As it is: a path may be longer than a line and have [brackets].
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    tickets = f"tickets: {workdir}/replicate_*/level_*/ticket.safetensors"
     if not rows:
-        console.print(f"tickets: {workdir}/replicate_*/level_*/ticket.safetensors", highlight=False)
+        show(tickets)
         return
     figure(rows, workdir / "figure.png", f"{spec.model} on {spec.dataset}")
     console.print(results_table(rows), highlight=False)
@@ -34,10 +40,5 @@ def finish(
     }:
         console.print(sentence(winning(rows)), highlight=False)
     for name in ("figure.png", "summary.csv"):
-        console.print(str(workdir / name), highlight=False, soft_wrap=True)
-    console.print(
-        f"tickets: {workdir}/replicate_*/level_*/ticket.safetensors; curves: "
-        f"tensorboard --logdir {workdir}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        show(str(workdir / name))
+    show(f"{tickets}; curves: tensorboard --logdir {workdir}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from lth_tf.analysis.winning import MARGIN, Point, Winning, points
 from lth_tf.experiment import Plan
+from lth_tf.scopes import count
 from lth_tf.scorers import ROUNDS
 from lth_tf.spec import Spec
 
@@ -28,14 +30,19 @@ def plan_tables(plan: Plan, spec: Spec) -> Iterator[Any]:
     removed = ["removed per level"] if plan.rates else []
     for column in ("kernel", "shape", "weights", *removed, "kept at the last level"):
         table.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
-    last = plan.kept(len(plan.densities) - 1)
-    sizes = plan.kept(0)
+    sizes, last = plan.kept(0), plan.kept(len(plan.densities) - 1)
+    if spec.scope == "layerwise":
+        last = {n: max(k, min(spec.min_per_layer, sizes[n])) for n, k in last.items()}
+        left = sum(last.values())
+    else:
+        exact = sum((Fraction(d) * sizes[n] for n, d in plan.densities[-1].items()), Fraction())
+        left = count(float(exact), 1)
     for name, shape in plan.shapes.items():
         whole = plan.densities[-1][name] == 1 and len(plan.densities) > 1
         rate = [f"{plan.rates[name]:.4g}" if plan.rates[name] else "protected"] if removed else []
         kept = f"{last[name]:,}" if spec.scope == "layerwise" else "all" if whole else "by rank"
         table.add_row(name, " x ".join(map(str, shape)), f"{sizes[name]:,}", *rate, kept)
-    total, left = sum(sizes.values()), sum(last.values())
+    total = sum(sizes.values())
     table.add_section()
     table.add_row("all", "", f"{total:,}", *[""] * len(removed), f"{left:,} ({left / total:.2%})")
     yield table
@@ -132,6 +139,8 @@ def sentence(found: Winning) -> str:
 
 def bench_table(result: dict[str, Any]) -> Table:
     """Returns a bench's result as a table."""
+    if "samples" in result:
+        return _score_table(result)
     table = Table(title=f"{result['model']} on {result['dataset']}")
     if "steps_per_second" not in result:
         for name in ("seconds", "peak_memory_mb"):
@@ -143,4 +152,24 @@ def bench_table(result: dict[str, Any]) -> Table:
     for name, rate in result["steps_per_second"].items():
         ratio = result.get(f"ratio_{name}")
         table.add_row(name, f"{rate:,.0f}", f"{ratio:.2f}x" if ratio else "")
+    return table
+
+
+def _score_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['model']}, {result['samples']} samples")
+    columns = "", "seconds", "of gradient", "peak memory MB", "above the model's", "of gradient"
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    above = result["above_model_mb"]
+    unit = max(above["gradient"], 1.0)
+    for name, peak in result["peak_memory_mb"].items():
+        taken = result["seconds_by_name"].get(name)
+        table.add_row(
+            name,
+            f"{taken:.2f}" if taken else "",
+            f"{result['ratio_seconds'][name]:.2f}x" if taken else "",
+            f"{peak:,.0f}",
+            f"{above[name]:,.0f}",
+            f"{above[name] / unit:.2f}x",
+        )
     return table

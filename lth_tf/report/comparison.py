@@ -1,0 +1,85 @@
+"""Table and figure of several methods side by side."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib.figure
+import matplotlib.ticker
+import rich.box
+from rich.table import Table
+
+from lth_tf import storage
+from lth_tf.analysis.comparison import Comparison, deviation, rows
+from lth_tf.analysis.winning import Point
+from lth_tf.report.tables import ARMS
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Returns accuracies at the end in %: a row per method and arm, a column per density."""
+    title = f"{found.spec.model} on {found.spec.dataset}: test accuracy at the end, %"
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD)
+    table.add_column("method")
+    table.add_column("arm")
+    for density in found.densities:
+        table.add_column(f"{density:.4g}", justify="right", no_wrap=True)
+    if found.dense:
+        table.add_row("dense", "", *[_cell(found.dense)] * len(found.densities))
+    for method, points in found.methods.items():
+        table.add_section()
+        for arm in dict.fromkeys(p.arm for p in points):
+            cells = [_cell(found.at(method, arm, d)) for d in found.densities]
+            table.add_row(method if arm == "ticket" else "", ARMS.get(arm, arm), *cells)
+    return table
+
+
+def _cell(point: Point | None) -> str:
+    if point is None:
+        return ""
+    values = point.test_accuracy_end * 100
+    spread = deviation(values)
+    return f"{values.mean():.2f}" + ("" if spread is None else f" ±{spread:.2f}")
+
+
+def comparison_figure(found: Comparison, path: Path) -> None:
+    """Writes a PNG: a panel per arm, a line per method, bands from minimum to maximum.
+
+    Shown are the densities that all methods have, and 25 points of accuracy: networks cut
+    down to chance would flatten the rest.
+    """
+    arms = list(dict.fromkeys(p.arm for points in found.methods.values() for p in points))
+    drawing = matplotlib.figure.Figure(figsize=(1 + 4.5 * len(arms), 4), layout="constrained")
+    panels = drawing.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+    for ax, arm in zip(panels, arms, strict=True):
+        if found.dense:
+            ax.axhline(
+                found.dense.test_accuracy_end.mean() * 100, color="0.4", ls="--", label="dense"
+            )
+        for i, (method, points) in enumerate(found.methods.items()):
+            line = [p for p in points if p.arm == arm]
+            if not line:
+                continue
+            x, y = [p.density * 100 for p in line], [p.test_accuracy_end * 100 for p in line]
+            style = {"color": COLOURS[i % len(COLOURS)]}
+            ax.plot(x, [v.mean() for v in y], "o-", ms=4, label=method, **style)
+            ax.fill_between(x, [v.min() for v in y], [v.max() for v in y], alpha=0.2, lw=0, **style)
+        ax.set_xscale("log")
+        ax.set_xlim(found.densities[0] * 150, found.densities[-1] * 75)
+        top = max(r["test_accuracy_end"] for r in rows(found)) * 100
+        ax.set_ylim(top - 25, top + 1.5)
+        ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        ax.set_title("tickets" if arm == "ticket" else ARMS.get(arm, arm))
+        ax.set_xlabel("density (% of weights kept)")
+        ax.grid(alpha=0.3)
+    panels[0].legend(fontsize="small", loc="lower left")
+    panels[0].set_ylabel("test accuracy at the end (%)")
+    drawing.suptitle(f"{found.spec.model} on {found.spec.dataset}")
+    content = io.BytesIO()
+    drawing.savefig(content, format="png", dpi=120, metadata={"Software": None})
+    storage.write(path, content.getvalue())
