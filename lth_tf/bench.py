@@ -18,11 +18,12 @@ import numpy as np
 from lth_tf import feeds, masks, models, pruning
 from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset
+from lth_tf.feeds import CHUNK
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
-from lth_tf.training import CHUNK, OPTIMIZERS, Trainer, initial_weights
+from lth_tf.training import OPTIMIZERS, Trainer, initial_weights, policy
 
 DENSITY = 0.2
 Contender = Callable[[], None]
@@ -82,7 +83,8 @@ def train(spec: Spec, dataset: Dataset, steps: int, rounds: int) -> dict[str, An
             trainer.advance(step, min(step + block, steps), spec.seed)
 
     def plain() -> Any:
-        return models.build(spec, trainer.input_shape, trainer.classes, spec.seed)
+        with policy(spec.precision):
+            return models.build(spec, trainer.input_shape, trainer.classes, spec.seed)
 
     def fit(model: Any, callbacks: tuple = (), **options: Any) -> Contender:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -357,6 +357,12 @@ def data_set(name: str | None, data_dir: str | None) -> list[Finding]:
     if name == "digits":
         images = datasets.load(name).train_images
         return [Finding(title, "ok", f"{len(images):,} images in the package")]
+    if name == "tiny_imagenet":
+        try:
+            return [Finding(title, "ok", f"{datasets.tiny_imagenet.find(data_dir)}")]
+        except UserError as error:
+            fix = "unpack tiny-imagenet-200.zip; --data_dir=FOLDER that has it"
+            return [Finding(title, "problem", str(error), fix)]
     if have := datasets.tfds.prepared(folder / name):
         return [Finding(title, "ok", f"{have} in {folder / name}")]
     fix = (

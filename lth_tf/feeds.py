@@ -1,19 +1,31 @@
 """Batches as a function of (seed, step): nothing is shuffled in place, nothing is replayed.
 
-The training images lie in device memory as uint8; a step gathers its batch by index,
-scales it in the graph and sees the same examples on any number of replicas.
+Where the training images lie in device memory, as uint8, a step gathers its batch by index;
+others are streamed, see `datasets.stream`. It is scaled in the graph, and any number of
+replicas see the same examples.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lth_tf.compat import tf
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, Streamed, crops, stream
+from lth_tf.datasets.stream import Shard
+from lth_tf.datasets.tfds import brief
 from lth_tf.errors import UserError
+from lth_tf.spec import Spec
+
+CHUNK = 1000  # most steps in one call of the graph
+EVALUATION_BATCH = 1000  # most examples in one evaluation step, over all replicas
+SHIFT = 4  # most pixels that flip_crop moves an image by
 
 _ORDER, _SPLIT = 1, 2  # streams of random numbers drawn from one seed
 
@@ -52,11 +64,7 @@ def split(dataset: Dataset, validation_size: int, seed: int) -> dict[str, tuple]
       UserError: fewer than half of the training examples would remain.
     """
     n = len(dataset.train_labels)
-    if validation_size > n // 2:
-        raise UserError(
-            f"validation_size {validation_size} is more than half of the {n} training examples of "
-            f"{dataset.name!r}; give at most {n // 2}"
-        )
+    _require_half(dataset, n, validation_size)
     order = np.random.default_rng([seed, _SPLIT]).permutation(n)
     held, rest = np.sort(order[:validation_size]), np.sort(order[validation_size:])
     return {
@@ -64,6 +72,58 @@ def split(dataset: Dataset, validation_size: int, seed: int) -> dict[str, tuple]
         "validation": (dataset.train_images[held], dataset.train_labels[held]),
         "test": (np.asarray(dataset.test_images), np.asarray(dataset.test_labels)),
     }
+
+
+def _require_half(dataset: Dataset | Streamed, n: int, validation_size: int) -> None:
+    if validation_size > n // 2:
+        raise UserError(
+            f"validation_size {validation_size} is more than half of the {n} training examples of "
+            f"{dataset.name!r}; give at most {n // 2}"
+        )
+
+
+def shards(dataset: Streamed, validation_size: int) -> dict[str, Sequence[Shard]]:
+    """Returns 'train', 'validation' and 'test': where their records are.
+
+    The validation examples are the last of the training set, whatever the seed: its shards
+    were shuffled when they were written.
+
+    Raises:
+      UserError: fewer than half of the training examples would remain.
+    """
+    _require_half(dataset, stream.size(dataset.train), validation_size)
+    train, held = stream.cut(dataset.train, validation_size)
+    return {"train": train, "validation": held, "test": dataset.test}
+
+
+def walk(
+    dataset: Streamed, validation_size: int, batch: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the training part once, in the order of its first epoch, without augmentation.
+
+    Yields:
+      uint8 images [b, h, w, c] and int32 labels [b]; b is `batch`, in the end what is left.
+
+    Raises:
+      UserError: a record cannot be read or decoded.
+    """
+    train = shards(dataset, validation_size)["train"]
+    with _reading(dataset):
+        yield from stream.walk(dataset, train, batch, seed)
+
+
+@contextlib.contextmanager
+def _reading(dataset: Streamed) -> Iterator[None]:
+    """Within, what TensorFlow says of a record that cannot be read is a UserError."""
+    kinds = ("DataLoss", "FailedPrecondition", "InvalidArgument", "NotFound", "OutOfRange")
+    try:
+        yield
+    except tuple(getattr(tf.errors, f"{kind}Error") for kind in kinds) as error:
+        folder = os.path.dirname(dataset.train[0].path)
+        raise UserError(
+            f"the records of {dataset.name!r} in {folder} cannot be read or decoded "
+            f"({brief(error)}); prepare or copy that folder again"
+        ) from error
 
 
 def scale(
@@ -81,6 +141,248 @@ def scale(
         norm = tf.sqrt(tf.reduce_sum(tf.square(x), axis=[1, 2, 3], keepdims=True))
         return x / tf.maximum(norm, tf.constant(1e-12, dtype))
     return x
+
+
+def augment(images: Any, kind: str, seed: Any, step: Any, first: Any = 0) -> Any:
+    """Returns a changed copy of a batch, or of a replica's share of it, for training on.
+
+    A function of (seed, step, place in the global batch): see `crops`.
+
+    flip_crop: SHIFT pixels of zeros are put around each image, a random part of the
+    original size is cut out of that, and mirrored with probability 1/2 (He et al. 2016,
+    section 4.2). In images scaled by `standard` 0 is the mean colour, in others black.
+
+    resized_crop: a random part, see `crops.boxes`, is scaled to full size (bilinear), and
+    mirrored with probability 1/2 (Szegedy et al. 2015, section 6).
+
+    Args:
+      images: float [n, h, w, c], after `scale`.
+      kind: none, flip_crop or resized_crop.
+      seed, step: integers or tensors [].
+      first: the place of images[0] in the global batch.
+    """
+    if kind == "none":
+        return images
+    places = first + tf.range(images.shape[0])
+    draw = functools.partial(crops.uniform, seed, step, places)
+    return _flip_crop(images, draw(3)) if kind == "flip_crop" else _resized_crop(images, draw)
+
+
+def _flip_crop(images: Any, numbers: Any) -> Any:
+    n, h, w, c = images.shape
+    down, right = (tf.cast(numbers[:, i] * (2 * SHIFT + 1), tf.int32) for i in (0, 1))
+    rows = down[:, None] + tf.range(h)
+    columns = right[:, None] + _mirrored(tf.range(w), numbers[:, 2])
+    around = [SHIFT, SHIFT]
+    padded = tf.pad(images, [[0, 0], around, around, [0, 0]])
+    # One gather of pixels: two, of rows and then of columns, take longer on CPUs.
+    rows += tf.range(n)[:, None] * padded.shape[1]
+    at = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
+    return tf.gather(tf.reshape(padded, [-1, c]), at)
+
+
+def _resized_crop(images: Any, draw: Any) -> Any:
+    n, h, w, c = images.shape
+    numbers = draw(crops.BOX + 1)
+    top, left, tall, wide = crops.boxes(numbers, h, w)
+    rows = _between(tf.range(h)[None], top, tall, h, images.dtype)
+    columns = _between(_mirrored(tf.range(w), numbers[:, -1]), left, wide, w, images.dtype)
+    # As products with matrices that have two weights a row: quicker than gathering pixels.
+    images = tf.reshape(rows @ tf.reshape(images, [n, h, w * c]), [n, h, w, c])
+    return columns[:, None] @ images
+
+
+def _mirrored(places: Any, numbers: Any) -> Any:
+    """[n, w]: the places 0 .. w - 1, backwards where the number is below 1/2."""
+    return tf.where(numbers[:, None] < 0.5, places[::-1], places)
+
+
+def _between(places: Any, start: Any, length: Any, size: int, dtype: Any) -> Any:
+    """[n, size, size]: row i has the weights of the pixels around the centre of pixel i.
+
+    Pixel i of `size` lies, centre over centre, in the part of `length` pixels at `start`;
+    beyond the image's border its outermost pixels go on.
+    """
+    at = start[:, None] + (tf.cast(places, tf.float32) + 0.5) * (length[:, None] / size) - 0.5
+    at = tf.cast(tf.clip_by_value(at, 0, size - 1), dtype)
+    return tf.nn.relu(1 - tf.abs(at[:, :, None] - tf.range(size, dtype=dtype)))
+
+
+class Resident:
+    """A feed of a data set that lies in the memory of each device.
+
+    Every feed has these methods. `begin` and `part` are for the host: what they return is
+    given to a graph, which has `take` or `block` pick one step's data out of it, and
+    `batch` or `examples` make network input of those on each replica.
+
+    Args:
+      dataset: images and labels.
+      spec: batch size, validation size, scaling, augmentation, precision.
+      strategy: whose replicas share a batch.
+
+    Attributes:
+      sizes: 'train', 'validation' and 'test' -> number of examples.
+      loops: whether XLA can compile a loop over steps.
+
+    Raises:
+      UserError: too few training examples.
+    """
+
+    loops = True
+
+    def __init__(self, dataset: Dataset, spec: Spec, strategy: Any):
+        self.dataset, self.spec, self.strategy = dataset, spec, strategy
+        parts = split(dataset, spec.validation_size, spec.seed)
+        self.sizes = {name: len(labels) for name, (_, labels) in parts.items()}
+        self._parts = {name: place(arrays, strategy) for name, arrays in parts.items()}
+        self._most = min(CHUNK, spec.eval_every)
+
+    def begin(self, step: int, end: int, seed: int) -> tuple:
+        """Returns what the graph needs for the steps step .. end - 1."""
+        # One shape for all blocks, or XLA compiles again.
+        indices = np.zeros((self._most, self.spec.batch_size), np.int32)
+        indices[: end - step] = batch_indices(
+            seed, step, end - step, self.sizes["train"], self.spec.batch_size
+        )
+        return (*self._parts["train"], tf.constant(indices))
+
+    def take(self, source: tuple, i: Any) -> tuple:
+        """Returns the data of the i-th step, out of what `begin` returned."""
+        images, labels, indices = source
+        return images, labels, indices[i]
+
+    def batch(self, taken: tuple, seed: Any, step: Any) -> tuple[Any, Any]:
+        """Returns a replica's share of a training batch: scaled, augmented images; labels."""
+        images, labels, chosen = taken
+        first, share = _share(self.strategy, self.spec.batch_size)
+        chosen = chosen[first : first + share]
+        x = scaled(tf.gather(images, chosen), self.dataset, self.spec)
+        x = augment(x, self.spec.augmentation, seed, step, first)
+        return x, tf.gather(labels, chosen)
+
+    def part(self, name: str) -> tuple:
+        """Returns what the graph needs to evaluate on a part."""
+        return self._parts[name]
+
+    def blocks(self, name: str) -> int:
+        """Returns in how many blocks a part is evaluated."""
+        return math.ceil(self.sizes[name] / EVALUATION_BATCH)
+
+    def block(self, source: tuple, i: Any) -> tuple:
+        """Returns the data of the i-th block, out of what `part` returned."""
+        return (*source, i)
+
+    def examples(self, taken: tuple, name: str) -> tuple[Any, Any, Any]:
+        """Returns a replica's share of a block: scaled images, labels, which of them count."""
+        images, labels, i = taken
+        n = self.sizes[name]
+        share = math.ceil(n / self.blocks(name) / self.strategy.num_replicas_in_sync)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        chosen = (i * self.strategy.num_replicas_in_sync + replica) * share + tf.range(share)
+        within = tf.minimum(chosen, n - 1)
+        x = scaled(tf.gather(images, within), self.dataset, self.spec)
+        return x, tf.gather(labels, within), chosen < n
+
+    def reading(self) -> contextlib.AbstractContextManager:
+        """Around a graph's call: a record that cannot be read is a UserError."""
+        return contextlib.nullcontext()
+
+
+class Streaming:
+    """A feed of a data set on disk, decoded on the host while the device computes.
+
+    What its graph is given is an iterator, so XLA can compile a step but no loop over steps.
+    Arguments, attributes and methods are those of `Resident`.
+    """
+
+    loops = False
+
+    def __init__(self, dataset: Streamed, spec: Spec, strategy: Any):
+        self.dataset, self.spec, self.strategy = dataset, spec, strategy
+        self._shards = shards(dataset, spec.validation_size)
+        self.sizes = {name: stream.size(found) for name, found in self._shards.items()}
+        self._evaluations = {
+            name: stream.evaluation(dataset, found, spec.batch_size)
+            for name, found in self._shards.items()
+        }
+        self._resized = spec.augmentation == "resized_crop"
+        self._iterator: Any = None
+        self._at: tuple[int, int] | None = None  # the seed and step that the iterator is at
+
+    def begin(self, step: int, end: int, seed: int) -> tuple:
+        """Returns an iterator whose next batches are those of step .. end - 1."""
+        if self._at != (seed, step):
+            self._iterator = None  # its buffers go before there are new ones
+            batch = self.spec.batch_size
+            self._iterator = iter(
+                stream.training(
+                    self.dataset, self._shards["train"], batch, seed, step, self._resized
+                )
+            )
+        self._at = seed, end
+        return (self._iterator,)
+
+    def take(self, source: tuple, i: Any) -> tuple:
+        """Returns the next batch."""
+        return source[0].get_next()
+
+    def batch(self, taken: tuple, seed: Any, step: Any) -> tuple[Any, Any]:
+        """Returns a replica's share of a training batch: scaled, augmented images; labels."""
+        images, labels, first = self._part(taken)
+        x = scaled(images, self.dataset, self.spec)
+        kind = "none" if self._resized else self.spec.augmentation
+        return augment(x, kind, seed, step, first), labels
+
+    def part(self, name: str) -> tuple:
+        """Returns an iterator over the blocks of a part."""
+        return (iter(self._evaluations[name]),)
+
+    def blocks(self, name: str) -> int:
+        """Returns in how many blocks a part is evaluated; of batch_size, which fits memory."""
+        return math.ceil(self.sizes[name] / self.spec.batch_size)
+
+    block = take
+
+    def examples(self, taken: tuple, name: str) -> tuple[Any, Any, Any]:
+        """Returns a replica's share of a block: scaled images, labels, which of them count."""
+        images, labels, _ = self._part(taken)
+        x = scaled(images, self.dataset, self.spec)
+        return x, tf.maximum(labels, 0), labels >= 0
+
+    def _part(self, taken: tuple) -> tuple[Any, Any, int]:
+        first, share = _share(self.strategy, self.spec.batch_size)
+        with tf.device("cpu:0"):  # other replicas' examples need not travel to this one's device
+            images, labels = (array[first : first + share] for array in taken)
+        return images, labels, first
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around a graph's call: a record that cannot be read is a UserError."""
+        try:
+            with _reading(self.dataset):
+                yield
+        except BaseException:
+            self._at = None  # who knows how far it came
+            raise
+
+
+def feed(dataset: Dataset | Streamed, spec: Spec, strategy: Any) -> Resident | Streaming:
+    """Returns the feed for that kind of data set; see `Resident`."""
+    if isinstance(dataset, Streamed):
+        return Streaming(dataset, spec, strategy)
+    return Resident(dataset, spec, strategy)
+
+
+def _share(strategy: Any, size: int) -> tuple[int, int]:
+    """Returns the first example of a batch that is this replica's, and how many are."""
+    share = size // strategy.num_replicas_in_sync
+    return tf.distribute.get_replica_context().replica_id_in_sync_group * share, share
+
+
+def scaled(images: Any, dataset: Dataset | Streamed, spec: Spec) -> Any:
+    """Returns uint8 images of a data set as the input of a spec's network; see `scale`."""
+    dtype = tf.float64 if spec.precision == "float64" else tf.float32
+    return scale(images, spec.normalization, dataset.mean, dataset.std, dtype)
 
 
 def place(arrays: tuple, strategy: Any) -> tuple:

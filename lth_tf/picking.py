@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lth_tf import feeds, masks
-from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.scopes import count
@@ -57,9 +56,30 @@ def balanced(labels: np.ndarray, classes: int, per_class: int, seed: int) -> np.
     return np.stack(rows, 1).reshape(-1)
 
 
-def batches(
-    spec: Spec, dataset: Dataset | Streamed, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+class Batches(Sequence):
+    """Micro-batches of examples to score on, each scaled when it is asked for.
+
+    Args:
+      images: uint8 [n, h, w, c].
+      labels: int32 [n].
+      spec: score_batch_size and scaling.
+      dataset: mean and standard deviation.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, spec: Spec, dataset: Any):
+        count = -(-len(labels) // spec.score_batch_size)
+        self.images, self.labels = np.array_split(images, count), np.array_split(labels, count)
+        self.spec, self.dataset = spec, dataset
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: Any) -> Any:
+        x = feeds.scaled(self.images[i], self.dataset, self.spec)
+        return x.numpy(), self.labels[i]
+
+
+def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
     """Returns the examples to score on, (images as the network takes them, int32 labels).
 
     They are of the training part, without augmentation.
@@ -69,17 +89,7 @@ def batches(
     else:
         images, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
     chosen = balanced(labels, dataset.classes, spec.samples_per_class, seed)
-    dtype = tf.float64 if spec.precision == "float64" else tf.float32
-    parts = np.array_split(chosen, -(-len(chosen) // spec.score_batch_size))
-    return [
-        (
-            feeds.scale(
-                images[part], spec.normalization, dataset.mean, dataset.std, dtype
-            ).numpy(),
-            labels[part],
-        )
-        for part in parts
-    ]
+    return Batches(images[chosen], labels[chosen], spec, dataset)
 
 
 def _first_of_each(
@@ -162,8 +172,8 @@ def pick(
     if spec.scorer in ("grasp", "snip"):
         data = batches(spec, dataset, seed)
         scoring |= {
-            "samples": sum(len(labels) for _, labels in data),
-            "batch_size": len(data[0][1]),
+            "samples": sum(map(len, data.labels)),
+            "batch_size": len(data.labels[0]),
             "batch_norm": options(spec, seed)["batch_norm"],
         }
     mask = one_shot_mask(

@@ -14,14 +14,12 @@ import numpy as np
 from lth_tf import feeds, models, pruning, schedules
 from lth_tf.callbacks import Rewind
 from lth_tf.compat import keras, tf
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
+from lth_tf.feeds import CHUNK
 from lth_tf.masks import Mask
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
-
-CHUNK = 1000  # most steps in one call of the graph
-EVALUATION_BATCH = 1000  # most examples in one evaluation step, over all replicas
 
 Weights = dict[str, np.ndarray]
 OPTIMIZERS: Registry[Callable[[Any, Spec], Any]] = Registry("optimizer")
@@ -153,7 +151,7 @@ class Trainer:
 
     Args:
       spec: what to train, and how.
-      dataset: images and labels.
+      dataset: images and labels, in memory or streamed.
 
     Attributes:
       model: the pruned model.
@@ -163,17 +161,17 @@ class Trainer:
       UserError: an unusable optimizer, devices or batch size, or too few examples.
     """
 
-    def __init__(self, spec: Spec, dataset: Dataset):
-        self.spec, self.dataset = spec, dataset
-        self.input_shape = tuple(dataset.train_images.shape[1:])
+    def __init__(self, spec: Spec, dataset: Dataset | Streamed):
+        self.spec = spec
+        self.dataset: Any = dataset
+        self.input_shape = tuple(dataset.input_shape)
         self.classes = dataset.classes
         self.strategy = strategy_of(spec)
-        parts = feeds.split(dataset, spec.validation_size, spec.seed)
-        self.examples = len(parts["train"][1])
-        if spec.batch_size > self.examples:
+        self.feed = feeds.feed(dataset, spec, self.strategy)
+        if spec.batch_size > self.feed.sizes["train"]:
             raise UserError(
-                f"batch_size {spec.batch_size} exceeds the {self.examples} training examples that "
-                f"{dataset.name!r} has besides {spec.validation_size} for validation"
+                f"batch_size {spec.batch_size} exceeds the {self.feed.sizes['train']} training "
+                f"examples that {dataset.name!r} has besides {spec.validation_size} for validation"
             )
         with policy(spec.precision), self.strategy.scope():
             plain = models.build(spec, self.input_shape, self.classes, spec.seed)
@@ -183,32 +181,27 @@ class Trainer:
             self.optimizer = self.model.optimizer
             self.optimizer.build(self.model.trainable_variables)
         pruning.require_maskable(self.optimizer)
-        self.parts = {name: feeds.place(arrays, self.strategy) for name, arrays in parts.items()}
-        self._sizes = {name: len(labels) for name, (_, labels) in parts.items()}
         compiled = _compiles(spec, self.strategy, plain)
-        self._chunk = tf.function(self._steps, jit_compile=compiled)
-        self._evaluation = tf.function(self._evaluate, jit_compile=compiled)
+        loops = compiled and self.feed.loops
+        self._chunk = tf.function(self._steps, jit_compile=loops)
+        self._evaluation = tf.function(self._evaluate, jit_compile=loops)
+        # On several replicas a step sums up gradients, which a graph of its own cannot.
+        alone = compiled and not loops and self.strategy.num_replicas_in_sync == 1
+        self._run, self._run_evaluation = (
+            tf.function(step, jit_compile=True) if alone else step
+            for step in (self._step, self._evaluate_step)
+        )
 
     # --- In the graph ---
-
-    def _inputs(self, images: Any, labels: Any, chosen: Any) -> tuple[Any, Any]:
-        data = self.dataset
-        dtype = tf.float64 if self.spec.precision == "float64" else tf.float32
-        x = feeds.scale(
-            tf.gather(images, chosen), self.spec.normalization, data.mean, data.std, dtype
-        )
-        return x, tf.gather(labels, chosen)
 
     def _losses(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         logits = tf.cast(logits, tf.float64 if logits.dtype == tf.float64 else tf.float32)
         return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), logits
 
-    def _step(self, images: Any, labels: Any, chosen: Any) -> Any:
-        """One step on one replica; `chosen` are the global batch's examples."""
+    def _step(self, taken: Any, seed: Any, step: Any) -> Any:
+        """One step on one replica; `taken` is what the feed has for it."""
         replica = tf.distribute.get_replica_context()
-        share = self.spec.batch_size // self.strategy.num_replicas_in_sync
-        first = replica.replica_id_in_sync_group * share
-        x, y = self._inputs(images, labels, chosen[first : first + share])
+        x, y = self.feed.batch(taken, seed, step)
         variables = self.model.trainable_variables
         scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
         with tf.GradientTape() as tape:
@@ -233,35 +226,30 @@ class Trainer:
         )
         return loss
 
-    def _steps(self, images: Any, labels: Any, indices: Any, count: Any) -> tuple[Any, Any]:
+    def _steps(self, source: Any, count: Any, seed: Any, step: Any) -> tuple[Any, Any]:
         """`count` steps; returns their mean loss and the first with a loss not finite, or -1."""
         total, bad = tf.constant(0.0, tf.float64), tf.constant(-1)
         for i in tf.range(count):
-            losses = self.strategy.run(self._step, (images, labels, indices[i]))
+            taken = self.feed.take(source, i)
+            losses = self.strategy.run(self._run, (taken, seed, step + i))
             loss = tf.cast(self.strategy.experimental_local_results(losses)[0], tf.float64)
             bad = tf.where((bad < 0) & ~tf.math.is_finite(loss), i, bad)
             total += loss
         return total / tf.cast(count, tf.float64), bad
 
-    def _evaluate(self, images: Any, labels: Any) -> tuple[Any, Any]:
+    def _evaluate(self, source: Any, part: str) -> tuple[Any, Any]:
         """Returns the sum of losses and the number of correct predictions over a part."""
-        replicas = self.strategy.num_replicas_in_sync
-        n = self.strategy.experimental_local_results(labels)[0].shape[0]
-        steps = math.ceil(n / EVALUATION_BATCH)
-        share = math.ceil(n / steps / replicas)
         loss, correct = tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64)
-        for i in tf.range(steps):
-            results = self.strategy.run(self._evaluate_step, (images, labels, i, share, n))
+        for i in tf.range(self.feed.blocks(part)):
+            taken = self.feed.block(source, i)
+            results = self.strategy.run(self._run_evaluation, (taken, part))
             sums = [self.strategy.reduce(tf.distribute.ReduceOp.SUM, r, None) for r in results]
             loss, correct = loss + sums[0], correct + sums[1]
         return loss, correct
 
-    def _evaluate_step(self, images: Any, labels: Any, i: Any, share: int, n: int) -> tuple:
-        replica = tf.distribute.get_replica_context()
-        block = i * self.strategy.num_replicas_in_sync + replica.replica_id_in_sync_group
-        chosen = block * share + tf.range(share)
-        inside = tf.cast(chosen < n, tf.float64)
-        x, y = self._inputs(images, labels, tf.minimum(chosen, n - 1))
+    def _evaluate_step(self, taken: Any, part: str) -> tuple[Any, Any]:
+        x, y, inside = self.feed.examples(taken, part)
+        inside = tf.cast(inside, tf.float64)
         losses, logits = self._losses(self.model(x, training=False), y)
         hits = tf.argmax(logits, -1, tf.int32) == y
         return (
@@ -273,8 +261,9 @@ class Trainer:
 
     def evaluate(self, part: str) -> tuple[float, float]:
         """Returns mean loss and accuracy (0 to 1) on 'train', 'validation' or 'test'."""
-        loss, correct = self._evaluation(*self.parts[part])
-        return float(loss) / self._sizes[part], float(correct) / self._sizes[part]
+        with self.feed.reading():
+            loss, correct = self._evaluation(self.feed.part(part), part)
+        return float(loss) / self.feed.sizes[part], float(correct) / self.feed.sizes[part]
 
     def train(
         self,
@@ -347,13 +336,10 @@ class Trainer:
         Raises:
           DivergedError: a loss is NaN or infinite; names the step.
         """
-        # One shape for all blocks, or XLA compiles again.
-        buffer = np.zeros((min(CHUNK, self.spec.eval_every), self.spec.batch_size), np.int32)
-        buffer[: end - step] = feeds.batch_indices(
-            seed, step, end - step, self.examples, self.spec.batch_size
-        )
-        count = tf.constant(end - step)
-        loss, bad = self._chunk(*self.parts["train"], tf.constant(buffer), count)
+        # As tensors: a graph would be traced for each number that is a Python one.
+        numbers = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
+        with self.feed.reading():
+            loss, bad = self._chunk(self.feed.begin(step, end, seed), *numbers)
         if int(bad) >= 0:
             raise DivergedError(
                 f"the training loss is not finite at step {step + int(bad)}; lower "

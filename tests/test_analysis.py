@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from lth_tf import analysis, masks, pruning
+from lth_tf.analysis import comparison
 from lth_tf.analysis.summary import COLUMNS, read_csv, write_csv
 from lth_tf.compat import keras
 from lth_tf.errors import UserError
 from lth_tf.models import MODELS
+from lth_tf.spec import Spec
 
 METRICS = [
     {"step": 100, "validation_loss": 0.5, "test_accuracy": 0.90, "seconds": 0.1},
@@ -351,3 +353,64 @@ def test_a_network_of_19_thin_layers_neither_overflows_nor_vanishes():
     found = analysis.connected(model, one)
     assert all(np.array_equal(found[n], one[n]) for n in one)
     assert all(m.all() for m in analysis.connected(model, full).values())
+
+
+# Several workdirs.
+
+
+def workdir(path, spec, levels, replicates=2, arms=("ticket",)):
+    """A workdir as an experiment leaves it; accuracies tell arm, level and replicate."""
+    rows = [
+        analysis.summary_row(
+            arm, r, level, density,
+            [{"step": 9, "validation_loss": 1.0, "test_accuracy": 0.9 - level / 100 - r / 10
+              - 0.05 * (arm != "ticket"), "seconds": 1.0}] * 2,
+        )
+        for level, density in levels.items() for r in range(replicates) for arm in arms
+        if level or arm == "ticket"
+    ]  # fmt: skip
+    analysis.write_summary(path, rows)
+    return path, spec
+
+
+def test_compare_puts_methods_at_the_same_densities_together(tmp_path):
+    imp = workdir(tmp_path / "imp", Spec(scope="layerwise"), {0: 1.0, 1: 0.5, 7: 0.201, 9: 0.1})
+    snip = Spec(recipe="one_shot", scope="global", scorer="snip", density=(0.2, 0.1))
+    rounds = Spec(recipe="one_shot", scope="erk", rounds=9, grasp_variant="absolute")
+    one = workdir(tmp_path / "snip", snip, {1: 0.2, 2: 0.1}, arms=("ticket", "shuffle"))
+    two = workdir(tmp_path / "grasp", rounds, {1: 0.2, 2: 0.1}, replicates=1)
+    found = comparison.compare([imp, one, two])
+    assert list(found.methods) == ["imp", "snip", "grasp (absolute, erk, 9 rounds)"]
+    assert found.densities == [0.2, 0.1]
+    assert found.dense.replicates == (0, 1) and found.dense.density == 1.0
+    assert found.at("imp", "ticket", 0.2).level == 7  # 0.201 is near enough
+    assert found.at("imp", "shuffle", 0.2) is None and found.at("imp", "ticket", 0.4) is None
+    shuffled = found.at("snip", "shuffle", 0.1)
+    assert shuffled.test_accuracy_end.tolist() == pytest.approx([0.83, 0.73])
+    rows = comparison.rows(found)
+    assert [r["method"] for r in rows][:2] == ["dense", "imp"] and len(rows) == 1 + 3 + 4 + 2
+    assert rows[0]["test_accuracy_end"] == pytest.approx(0.85)
+    assert rows[0]["test_accuracy_end_deviation"] == pytest.approx(0.1 / 2**0.5)
+    assert rows[-1]["test_accuracy_end_deviation"] is None
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"train_steps": 9}, r"differ in train_steps \(9, 50000\)"),
+        ({"model": "conv2", "seed": 3}, r"differ in model \(conv2, lenet_300_100\), seed"),
+        ({}, "second workdir of imp"),
+    ],
+)
+def test_compare_refuses_what_is_not_the_same_training(tmp_path, other, message):
+    found = [
+        workdir(tmp_path / str(i), spec, {0: 1.0, 1: 0.5})
+        for i, spec in enumerate([Spec(), Spec(**other)])
+    ]
+    with pytest.raises(UserError, match=message):
+        comparison.compare(found)
+
+
+def test_compare_needs_a_finished_training(tmp_path):
+    with pytest.raises(UserError, match="no training has finished"):
+        comparison.compare([(tmp_path, Spec())])

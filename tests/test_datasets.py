@@ -16,7 +16,7 @@ import pytest
 from absl import logging
 
 from lth_tf import datasets
-from lth_tf.datasets import cache, tfds
+from lth_tf.datasets import cache, stream, tfds, tiny_imagenet
 from lth_tf.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -140,7 +140,9 @@ def assert_moments(data: datasets.Dataset, tolerance: float) -> None:
 
 
 def test_names():
-    assert list(datasets.DATASETS) == ["digits", "mnist", "fashion_mnist", "cifar10"]
+    assert list(datasets.DATASETS) == [
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012",
+    ]  # fmt: skip
     with pytest.raises(UserError, match="unknown data set 'minst'.*Did you mean 'mnist'"):
         datasets.load("minst")
 
@@ -257,6 +259,184 @@ def test_lost_and_damaged_records(tiny, tmp_path, own_cache):
     assert not own_cache.exists()
 
 
+# Tiny ImageNet.
+
+
+def jpeg(pixels) -> bytes:
+    """A JPEG of one colour, three channels or one grey one."""
+    from lth_tf.compat import tf
+
+    return tf.io.encode_jpeg(np.asarray(pixels, np.uint8)).numpy()
+
+
+WNIDS = ["n03", "n01", "n02"]  # as published, not sorted
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> pathlib.Path:
+    """A folder with tiny-imagenet-200 of 3 classes; image i of the 4 + 4 + 4 has the level i."""
+    root = tmp_path_factory.mktemp("archive") / "tiny-imagenet-200"
+    for label, wnid in enumerate(WNIDS):
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("x.JPEG\t0\t0\t1\t1\n")
+        for i in range(4):
+            channels = 1 if i == 2 else 3
+            path = root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG"
+            path.write_bytes(jpeg(np.full((64, 64, channels), 20 * label + i)))
+    (root / "wnids.txt").write_text("\n".join(WNIDS))
+    (root / "val" / "images").mkdir(parents=True)
+    lines = []
+    for i, wnid in enumerate(["n02", "n03", "n02", "n01"]):
+        (root / "val" / "images" / f"val_{i}.JPEG").write_bytes(jpeg(np.full((64, 64, 3), i)))
+        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root.parent
+
+
+@pytest.fixture
+def copied(archive, tmp_path, own_cache) -> pathlib.Path:
+    """A copy of tiny-imagenet-200 to damage."""
+    return pathlib.Path(shutil.copytree(archive, tmp_path / "data")) / "tiny-imagenet-200"
+
+
+def assert_archive(data: datasets.Dataset) -> None:
+    assert data.train_images.dtype == np.uint8 and data.train_images.shape == (12, 64, 64, 3)
+    assert data.train_labels.dtype == data.test_labels.dtype == np.int32
+    assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    levels = data.train_images.reshape(12, -1)
+    assert (levels == levels[:, :1]).all()  # the grey ones too, in three channels
+    assert levels[:, 0].tolist() == [20 * label + i for label in range(3) for i in range(4)]
+    assert data.test_labels.tolist() == [2, 0, 2, 1]
+    assert (data.test_images == np.arange(4).reshape(4, 1, 1, 1)).all()
+    assert data.classes == 200 and data.input_shape == (64, 64, 3)
+
+
+def test_tiny_imagenet_is_found_beside_or_within(archive, own_cache, monkeypatch):
+    assert_archive(datasets.load("tiny_imagenet", str(archive)))
+    assert len(list(own_cache.iterdir())) == 1
+    monkeypatch.setattr(tiny_imagenet, "decode", None)  # from the cache, by any path
+    assert_archive(datasets.load("tiny_imagenet", str(archive / "tiny-imagenet-200")))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(archive))
+    assert_archive(datasets.load("tiny_imagenet"))
+
+
+def test_tiny_imagenet_of_other_files_is_another_entry(copied, own_cache):
+    datasets.load("tiny_imagenet", str(copied))
+    shutil.copy(copied / "val/images/val_0.JPEG", copied / "train/n01/images/n01_9.JPEG")
+    assert len(datasets.load("tiny_imagenet", str(copied)).train_labels) == 13
+    lines = (copied / "val/val_annotations.txt").read_text()
+    (copied / "val/val_annotations.txt").write_text(lines.replace("n02", "n01"))
+    assert datasets.load("tiny_imagenet", str(copied)).test_labels.tolist() == [1, 0, 1, 1]
+    assert len(list(own_cache.iterdir())) == 3
+
+
+def replaced(path: str, old: str, new: str):
+    return lambda root: (root / path).write_text((root / path).read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: (root / "wnids.txt").unlink(), "neither .*wnids.txt.*unpack.*--data_dir"),
+        (lambda root: (root / "wnids.txt").write_text(""), "wnids.txt is empty"),
+        (lambda root: shutil.rmtree(root / "train/n01"), "no images in .*train/n01/images"),
+        (
+            lambda root: (root / "val/val_annotations.txt").unlink(),
+            "val_annotations.txt cannot be read",
+        ),
+        (
+            replaced("val/val_annotations.txt", "n03", "n77"),
+            "line 2: 'n77' is none of the 3 classes",
+        ),
+        (replaced("val/val_annotations.txt", "\t", " "), "line 1: '' is none of the 3 classes"),
+        (
+            lambda root: (root / "val/images/val_3.JPEG").unlink(),
+            "line 4: there is no image 'val_3.JPEG'",
+        ),
+        (
+            lambda root: (root / "train/n02/images/n02_1.JPEG").write_bytes(b"GIF?"),
+            "n02_1.JPEG cannot be decoded .*unpack",
+        ),
+        (
+            lambda root: (root / "val/images/val_1.JPEG").write_bytes(jpeg(np.zeros((32, 64, 3)))),
+            "val_1.JPEG has 32x64 pixels, not the 64x64",
+        ),
+    ],
+)
+def test_damaged_tiny_imagenet(copied, own_cache, damage, words):
+    damage(copied)
+    with pytest.raises(UserError, match=words) as caught:
+        datasets.load("tiny_imagenet", str(copied.parent))
+    assert "\n" not in str(caught.value)
+    assert not own_cache.exists()
+
+
+# ImageNet, in the form of tensorflow-datasets.
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory) -> pathlib.Path:
+    """A tfds folder with an imagenet2012 5.1.0 of 9 + 4 grey JPEGs of different sizes."""
+    from lth_tf import compat  # noqa: F401
+
+    import tensorflow_datasets  # isort: skip
+
+    core, features = tensorflow_datasets.core, tensorflow_datasets.features
+    with core.registered.skip_registration():
+
+        class Imagenet2012(core.GeneratorBasedBuilder):
+            VERSION = core.Version("5.1.0")
+
+            def _info(self):
+                kinds = {
+                    "image": features.Image(encoding_format="jpeg"),
+                    "label": features.ClassLabel(num_classes=1000),
+                    "file_name": features.Text(),
+                }
+                return core.DatasetInfo(builder=self, features=features.FeaturesDict(kinds))
+
+            def _split_generators(self, dl_manager):
+                return {name: self._generate_examples(name) for name in ("train", "validation")}
+
+            def _generate_examples(self, split):
+                for i in range(9 if split == "train" else 4):
+                    pixels = np.full((30 + i, 40, 3), 10 * i, np.uint8)
+                    name = f"{split}_{i}.JPEG"
+                    yield name, {"image": pixels, "label": 100 * i, "file_name": name}
+
+    folder = tmp_path_factory.mktemp("imagenet")
+    config = tensorflow_datasets.download.DownloadConfig(num_shards=2)
+    Imagenet2012(data_dir=folder).download_and_prepare(download_config=config)
+    return folder
+
+
+def test_imagenet_is_streamed(imagenet):
+    data = datasets.load("imagenet2012", str(imagenet))
+    assert data.input_shape == (224, 224, 3) and data.classes == 1000
+    assert [len(data.train), len(data.test)] == [2, 2]
+    assert [stream.size(data.train), stream.size(data.test)] == [9, 4]
+    images, labels = next(iter(stream.walk(data, data.train, 9, seed=0)))
+    assert images.dtype == np.uint8 and images.shape == (9, 224, 224, 3)
+    assert labels.dtype == np.int32 and sorted(labels) == [100 * i for i in range(9)]
+    assert (images == (labels // 10).reshape(9, 1, 1, 1)).all()
+
+
+def test_imagenet_that_is_not_there_or_not_complete(imagenet, tmp_path):
+    with pytest.raises(UserError, match="is not in .*/imagenet2012.*image-net.org.*--data_dir"):
+        datasets.load("imagenet2012", str(tmp_path))
+    source = pathlib.Path(shutil.copytree(imagenet, tmp_path / "data")) / "imagenet2012/5.1.0"
+    min(source.glob("*validation*")).unlink()
+    with pytest.raises(UserError, match="1 of the 2 files of split 'validation' .*00000-of-00002"):
+        datasets.load("imagenet2012", str(tmp_path / "data"))
+    info = (source / tfds.INFO).read_text()
+    (source / tfds.INFO).write_text(info.replace('"tfrecord"', '"array_record"'))
+    with pytest.raises(UserError, match="stored as array_record; only tfrecord can be streamed"):
+        datasets.load("imagenet2012", str(tmp_path / "data"))
+    (source / tfds.INFO).write_text(info.replace('"validation"', '"test"'))
+    with pytest.raises(UserError, match="no readable split 'validation'"):
+        datasets.load("imagenet2012", str(tmp_path / "data"))
+
+
 # The cache.
 
 
@@ -356,16 +536,17 @@ def test_cache_folder_names(monkeypatch):
         ("fashion_mnist", (60000, 28, 28, 1), (10000, 28, 28, 1), [6000] * 10, 5e-4),
         # Copies of CIFAR-10 that were stored as JPEG have slightly smoother colours.
         ("cifar10", (50000, 32, 32, 3), (10000, 32, 32, 3), [5000] * 10, 2e-3),
+        ("cifar100", (50000, 32, 32, 3), (10000, 32, 32, 3), [500] * 100, 2e-3),
     ],
 )
 def test_real_sets(name, train, test, train_counts, tolerance):
     data = real(name)
-    assert data.name == name and data.classes == 10
+    assert data.name == name and data.classes == len(train_counts)
     assert data.train_images.shape == train and data.test_images.shape == test
     assert data.train_images.dtype == data.test_images.dtype == np.uint8
     assert data.train_labels.dtype == data.test_labels.dtype == np.int32
     assert np.bincount(data.train_labels).tolist() == train_counts
-    assert data.test_labels.shape == test[:1] and len(np.unique(data.test_labels)) == 10
+    assert data.test_labels.shape == test[:1] and len(np.unique(data.test_labels)) == data.classes
     assert_moments(data, tolerance)
     start = time.monotonic()
     again = real(name)

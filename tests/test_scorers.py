@@ -529,7 +529,7 @@ BAD = {
     "one-hot labels": (net, [(X, np.eye(3)[Y])], "argmax"),
     "labels of another number": (net, [(X, Y[:5])], "12 images but 5 labels"),
     "no batches": (net, None, "needs batches"),
-    "empty batches": (net, [], "batches are empty"),
+    "empty batches": (net, [], "batch is empty"),
     "a loss that is not finite": (net, [(X * np.nan, Y)], "the loss of model .* is nan"),
     "no second derivative": (bicubic, [(X, Y)], "no second derivative"),
     "a kernel that the loss does not see": (Stopped, [(X, Y)], "does not depend on a/kernel"),

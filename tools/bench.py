@@ -11,7 +11,7 @@ import lth_tf.flags
 from lth_tf import bench, datasets
 from lth_tf.report.tables import bench_table
 
-# Before the Spec's, of which it takes the place: scoring is not measured here.
+# Before the Spec's flag of that name, of which it takes the place: one round is measured here.
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)
 lth_tf.flags.define_spec("imp", "one_shot")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")

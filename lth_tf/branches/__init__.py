@@ -40,7 +40,7 @@ def reinit(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
 
 @BRANCHES.register("shuffle")
 def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
-    """As many weights of every kernel, but others (Frankle et al. 2021, section 4).
+    """As many weights of every kernel, but others (Frankle et al. 2021, their ablations).
 
     What a method loses by it, it knew about single weights; what is left, it knew about
     layers.
@@ -51,13 +51,13 @@ def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
 
 @BRANCHES.register("invert")
 def invert(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
-    """The weights with the lowest scores (Frankle et al. 2021, section 4)."""
+    """The weights with the lowest scores (Frankle et al. 2021, their ablations)."""
     return _picked_again(ticket, start, dataset, np.negative)
 
 
 @BRANCHES.register("absolute")
 def absolute(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
-    """The weights whose scores are the furthest from zero (Frankle et al. 2021, section 4).
+    """The weights whose scores are the furthest from zero (Frankle et al. 2021, their ablations).
 
     Raises:
       UserError: the scorer's scores are never negative, so that nothing would change.

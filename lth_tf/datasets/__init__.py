@@ -1,5 +1,6 @@
-"""Data sets, in memory as numpy arrays: `digits` ships here, the others come through tfds.
+"""Data sets: in memory as numpy arrays, or streamed from disk where they do not fit.
 
+`digits` ships here, Tiny ImageNet comes from its archive, the others come through tfds.
 Nothing here imports TensorFlow until a data set has to be read for the first time.
 """
 
@@ -8,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from lth_tf.datasets import tfds
+from lth_tf.datasets import tfds, tiny_imagenet
+from lth_tf.datasets.stream import Streamed
+from lth_tf.errors import UserError
 from lth_tf.registry import Registry
 
 
@@ -42,11 +46,11 @@ class Dataset:
         return tuple(self.train_images.shape[1:])
 
 
-DATASETS: Registry[Callable[[str | None], Dataset]] = Registry("data set")
+DATASETS: Registry[Callable[[str | None], Dataset | Streamed]] = Registry("data set")
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
-    """Returns the data set of that name.
+def load(name: str, data_dir: str | None = None) -> Any:
+    """Returns the data set of that name: a Dataset, or Streamed where that is too large.
 
     Args:
       name: a key of DATASETS.
@@ -100,4 +104,57 @@ def cifar10(data_dir: str | None = None) -> Dataset:
         classes=10,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
+    )
+
+
+@DATASETS.register("cifar100")
+def cifar100(data_dir: str | None = None) -> Dataset:
+    """50,000 + 10,000 photographs of 32x32 pixels in colour, 100 fine labels (Krizhevsky, 2009)."""
+    return Dataset(
+        "cifar100",
+        **tfds.arrays("cifar100", data_dir),
+        classes=100,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    )
+
+
+@DATASETS.register("tiny_imagenet")
+def tiny(data_dir: str | None = None) -> Dataset:
+    """100,000 + 10,000 photographs of 64x64 pixels in colour (Stanford's CS231n, 2015).
+
+    1.4 GB of memory; `data_dir` is or has the folder tiny-imagenet-200.
+    """
+    return Dataset(
+        "tiny_imagenet",
+        **tiny_imagenet.arrays(data_dir),
+        classes=200,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+    )
+
+
+@DATASETS.register("imagenet2012")
+def imagenet2012(data_dir: str | None = None) -> Streamed:
+    """1,281,167 + 50,000 photographs in colour, at 224x224 pixels (Russakovsky et al., 2015).
+
+    The test part is the validation set: the labels of the test set were never published.
+    """
+    folder = tfds.resolve(data_dir) / "imagenet2012"
+    version = tfds.prepared(folder)
+    if version is None:
+        raise UserError(
+            f"data set 'imagenet2012' is not in {folder}, and nobody may download it without an "
+            f"account: get its archives at image-net.org, have tensorflow-datasets prepare them "
+            f"(see its catalogue under imagenet2012), and point --data_dir or TFDS_DATA_DIR to the "
+            f"folder that has imagenet2012/<version>"
+        )
+    return Streamed(
+        "imagenet2012",
+        train=tfds.shards(folder / version, "train"),
+        test=tfds.shards(folder / version, "validation"),
+        classes=1000,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        input_shape=(224, 224, 3),
     )

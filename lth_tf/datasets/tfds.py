@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from lth_tf.datasets import cache
+from lth_tf.datasets.stream import Shard
 from lth_tf.errors import UserError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -122,7 +123,7 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
             found[f"{split}_labels"] = labels.numpy().astype(np.int32)
     except (OSError, ValueError, tf.errors.OpError) as error:
         raise UserError(
-            f"the data in {source} cannot be read ({_brief(error)}); delete that folder and "
+            f"the data in {source} cannot be read ({brief(error)}); delete that folder and "
             f"prepare or copy it again"
         ) from error
     return found
@@ -150,7 +151,7 @@ def download(name: str, folder: pathlib.Path) -> None:
         builder.download_and_prepare()
     except Exception as error:
         asked = getattr(error, "request", None)  # of requests' errors, whose text is a maze
-        why = f"no answer from {urlsplit(asked.url).hostname}" if asked else _brief(error)
+        why = f"no answer from {urlsplit(asked.url).hostname}" if asked else brief(error)
         raise UserError(
             f"data set {name!r} is not in {folder} and downloading it failed ({why}); "
             f"point --data_dir or TFDS_DATA_DIR to a folder that has {name}/<version> as "
@@ -159,7 +160,40 @@ def download(name: str, folder: pathlib.Path) -> None:
         ) from error
 
 
-def _brief(error: Exception) -> str:
+@_quiet()
+def shards(source: pathlib.Path, split: str) -> tuple[Shard, ...]:
+    """Returns the files of a prepared split and how many records they have.
+
+    Raises:
+      UserError: a file is missing, or they are no TFRecords of that split.
+    """
+    from lth_tf import compat  # noqa: F401  before tfds, as above
+
+    import tensorflow_datasets as tfds  # isort: skip
+
+    try:
+        info = tfds.builder_from_directory(source).info
+        files = info.splits[split].file_instructions
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the data in {source} have no readable split {split!r} ({brief(error)}); prepare or "
+            f"copy that folder again"
+        ) from error
+    if info.file_format.value != "tfrecord":
+        raise UserError(
+            f"the data in {source} are stored as {info.file_format.value}; only tfrecord can be "
+            f"streamed: prepare them again with file_format='tfrecord'"
+        )
+    if lost := [file.filename for file in files if not os.path.exists(file.filename)]:
+        raise UserError(
+            f"{len(lost)} of the {len(files)} files of split {split!r} are not in {source}, the "
+            f"first is {os.path.basename(lost[0])}; copy them there, or prepare the folder again"
+        )
+    return tuple(Shard(file.filename, file.skip, file.take) for file in files)
+
+
+def brief(error: Exception) -> str:
     """Returns the kind of an error and the beginning of its first line."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    text = re.sub(r"\{\{.*?\}\} *", "", str(error))  # names of nodes in TensorFlow's errors
+    first = (text.strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:100]}"

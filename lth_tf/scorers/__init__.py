@@ -8,7 +8,7 @@ batches yield (images, int labels), as much at a time as goes into memory at onc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,8 @@ def score(
         subclassed. A mixed-precision model is scored in float32.
       scorer: a key of SCORERS.
       batches: (images, int labels [n]) where the scorer looks at data; images as the model
-        takes them. One batch is in memory at a time.
+        takes them. One batch is in the scorer's memory at a time; a sequence that makes its
+        batches when asked for them need not hold all.
       **options: the scorer's, e.g. temperature=200.0 for grasp.
 
     Returns:
@@ -116,9 +117,9 @@ def _values(plain: Any) -> dict[str, np.ndarray]:
     return {name: v.numpy() for name, v in pruning.kernels(plain).items()}
 
 
-def _kept(batches: Iterable[Batch] | None) -> list[Batch] | None:
-    """The batches as a list, so that each walk over them sees the same, shuffled or not."""
-    return None if batches is None else [(images, np.asarray(labels)) for images, labels in batches]
+def _kept(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
+    """What can be walked again and gives the same, shuffled or not; sequences are taken as such."""
+    return batches if batches is None or isinstance(batches, Sequence) else list(batches)
 
 
 def _with_options(scorer: str, options: dict[str, Any]) -> Scorer:

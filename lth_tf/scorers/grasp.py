@@ -28,8 +28,8 @@ def grasp(
 ) -> Scores:
     """Returns w * (H g), where g and H are gradient and Hessian of the mean loss.
 
-    Pruning w changes the squared norm of the gradient by about -2 w * (H g) (eq. 7 of the
-    paper, with delta = -w); the paper calls -w * (H g) the score and removes the highest.
+    Pruning w changes the squared norm of the gradient by about -2 w * (H g) (section 4 of the
+    paper, with delta = -w); it calls -w * (H g) the score and removes the highest.
 
     Args:
       model: a plain model.

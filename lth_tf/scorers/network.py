@@ -125,7 +125,7 @@ class Network:
         loss: Loss,
     ) -> dict[str, np.ndarray]:
         """Returns the gradient of the mean loss over all examples; see `hessian_gradient`."""
-        values, parts = self._values(kernels), _weighted(batches, summed=False)
+        values, parts = self._values(kernels), _Parts(batches, summed=False)
         total = _sum(self._call(self._gradient, values, part, loss) for part in parts)
         return dict(zip(self.kernels, total, strict=True))
 
@@ -145,7 +145,7 @@ class Network:
 
         Args:
           kernels: kernel name -> array.
-          batches: (images, int labels [n]).
+          batches: (images, int labels [n]), the same at every walk.
           loss: (labels, logits) -> losses of the examples.
           temperature: divides the logits.
           summed: take the sum of the batches' mean losses instead of the overall mean.
@@ -154,9 +154,9 @@ class Network:
           UserError: batches that do not fit the model, a loss that is not finite, a model
             without a second derivative.
         """
-        values, parts = self._values(kernels), _weighted(batches, summed)
+        values, parts = self._values(kernels), _Parts(batches, summed)
         vector: list[Any] = []
-        if len(parts) > 1:
+        if len(parts.sizes) > 1:
             vector = _sum(self._call(self._gradient, values, p, loss, temperature) for p in parts)
         total = _sum(self._call(self._product, values, p, loss, temperature, vector) for p in parts)
         if not any(np.any(t) for t in total):
@@ -333,21 +333,21 @@ def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 _ABSENT = object()
 
 
-def _weighted(
-    batches: Iterable[Batch] | None, summed: bool
-) -> list[tuple[Any, Any, float]]:
-    """(images, labels, factor of the sum of the batch's losses) for each batch."""
-    if batches is None:
-        raise UserError("this scorer needs batches: an iterable of (images, labels)")
-    found = [(images, labels) for images, labels in batches]
-    sizes = [len(labels) for _, labels in found]
-    if not sum(sizes):
-        raise UserError("the batches are empty: scores need at least one example")
-    return [
-        (images, labels, 1 / size if summed else 1 / sum(sizes))
-        for (images, labels), size in zip(found, sizes, strict=True)
-        if size
-    ]
+class _Parts:
+    """(images, labels, factor of the sum of the batch's losses) of each batch, at every walk."""
+
+    def __init__(self, batches: Iterable[Batch] | None, summed: bool):
+        if batches is None:
+            raise UserError("this scorer needs batches: an iterable of (images, labels)")
+        self.batches = batches
+        self.sizes = [len(labels) for _, labels in batches]
+        if not all(self.sizes) or not self.sizes:
+            raise UserError("a batch is empty: scores need at least one example in each")
+        self.summed = summed
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
+        for (images, labels), size in zip(self.batches, self.sizes, strict=True):
+            yield images, labels, 1 / size if self.summed else 1 / sum(self.sizes)
 
 
 def _sum(each: Iterable[list]) -> list[np.ndarray]:

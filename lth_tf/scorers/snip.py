@@ -26,7 +26,7 @@ def snip(
     loss: Loss = cross_entropy,
     seed: int = 0,
 ) -> Scores:
-    """Returns |w * g| / sum |w * g|, g the gradient of the mean loss (eq. 5 and 6).
+    """Returns |w * g| / sum |w * g|, g the gradient of the mean loss (section 4).
 
     Over several batches g is the mean gradient of all examples, as in one large batch.
 

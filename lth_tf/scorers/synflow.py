@@ -13,7 +13,7 @@ from lth_tf.scorers.network import Network
 
 
 def synflow(model: Any, kernels: Mapping[str, Any], batches: Any = None) -> Scores:
-    """Returns |w| * dR/d|w|, R the sum of the outputs for an image of ones (eq. 2).
+    """Returns |w| * dR/d|w|, R the sum of the outputs for an image of ones (section 6).
 
     All parameters are taken by their absolute values, BatchNormalization's moving
     statistics too, which it uses. In a network that is homogeneous and has no biases, the
