@@ -17,7 +17,8 @@ import numpy as np
 
 from lth_tf import feeds, masks, models, pruning
 from lth_tf.compat import keras, tf, tfmot
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, Streamed
+from lth_tf.errors import UserError
 from lth_tf.feeds import CHUNK
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
@@ -45,7 +46,7 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[f
     return seconds
 
 
-def train(spec: Spec, dataset: Dataset, steps: int, rounds: int) -> dict[str, Any]:
+def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
     """Compares training loops on the same model, data, batch size and optimizer.
 
     lth_tf: this package's loop, a mask of density 0.2 in force. fit: `model.fit` of the
@@ -63,6 +64,8 @@ def train(spec: Spec, dataset: Dataset, steps: int, rounds: int) -> dict[str, An
       steps_per_second by name (medians), and ratio_NAME, the median over rounds of
       lth_tf's speed over the other's.
     """
+    if isinstance(dataset, Streamed):
+        raise UserError(f"dataset {spec.dataset!r} is streamed; `fit` is fed from memory here")
     trainer = Trainer(spec, dataset)
     weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
     scores = SCORERS["magnitude"](None, {name: weights[name] for name in kernels})

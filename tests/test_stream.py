@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lth_tf import feeds, masks, training
+from lth_tf import experiment, feeds, masks, picking, training
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, crops, stream
 from lth_tf.datasets.stream import Shard, Streamed
@@ -63,15 +63,18 @@ def _small_buffers():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Streamed:
     """80 + 19 JPEGs of different sizes in 5 shards; every label is unique."""
-    folder = tmp_path_factory.mktemp("toy")
+    return written(tmp_path_factory.mktemp("toy"), 99)
+
+
+def written(folder, classes):
     shards = []
     for number, length in enumerate((20, 25, 15, 20, 19)):
         shards.append(Shard(str(folder / f"{number}.tfrecord"), 0, length))
         with tf.io.TFRecordWriter(shards[-1].path) as file:
             for label in range(stream.size(shards[:-1]), stream.size(shards)):
-                file.write(record(encoded(label).numpy(), label))
+                file.write(record(encoded(label).numpy(), label % classes))
     return Streamed(
-        "toy", tuple(shards[:4]), tuple(shards[4:]), 99, (0.5,) * 3, (0.25,) * 3, (16, 16, 3)
+        "toy", tuple(shards[:4]), tuple(shards[4:]), classes, (0.5,) * 3, (0.25,) * 3, (16, 16, 3)
     )
 
 
@@ -373,3 +376,27 @@ def test_feed_goes_on_where_it_was(toy):
     assert feed.begin(2, 4, 0)[0] is first
     assert feed.begin(2, 4, 0)[0] is not first  # it is at step 4 now
     assert feed.begin(4, 5, 1)[0] is not first
+
+
+def test_scores_are_taken_on_the_first_of_each_class_that_the_stream_has(tmp_path):
+    data = written(tmp_path, 5)
+    s = Spec(
+        recipe="one_shot", dataset="imagenet2012", model="lenet_20_10", validation_size=HELD,
+        batch_size=BATCH, train_steps=4, eval_every=4, compile="off", scope="global",
+        samples_per_class=3, score_batch_size=6, density=(0.5,),
+    )  # fmt: skip
+    found = picking.batches(s, data, seed=0)
+    assert [len(labels) for _, labels in found] == [5, 5, 5]
+    assert all(sorted(labels) == [0, 1, 2, 3, 4] for _, labels in found)
+    parts = [zip(*part, strict=True) for part in feeds.walk(data, HELD, 6, 0)]
+    walked = [pair for part in parts for pair in part]
+    for label in range(5):
+        first = [x for x, y in walked if y == label][:3]
+        taken = [x[list(y).index(label)] for x, y in found]
+        for x in first:
+            away = np.abs(np.stack(taken) - (x / 255 - 0.5) / 0.25).max((1, 2, 3))
+            assert away.min() < 1e-5 < np.sort(away)[1]
+    with pytest.raises(UserError, match="samples_per_class 40 cannot be had: class 0 has"):
+        picking.batches(dataclasses.replace(s, samples_per_class=40), data, 0)
+    rows = experiment.one_shot(s, tmp_path / "run", data)
+    assert [r["density"] for r in rows] == pytest.approx([0.5], abs=1e-3)

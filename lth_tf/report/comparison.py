@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import matplotlib.figure
-import matplotlib.ticker
 import rich.box
 from rich.table import Table
 
-from lth_tf import storage
 from lth_tf.analysis.comparison import Comparison, deviation, rows
 from lth_tf.analysis.winning import Point
+from lth_tf.report.figure import density_axis, save
 from lth_tf.report.tables import ARMS
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -67,19 +65,12 @@ def comparison_figure(found: Comparison, path: Path) -> None:
             style = {"color": COLOURS[i % len(COLOURS)]}
             ax.plot(x, [v.mean() for v in y], "o-", ms=4, label=method, **style)
             ax.fill_between(x, [v.min() for v in y], [v.max() for v in y], alpha=0.2, lw=0, **style)
-        ax.set_xscale("log")
+        density_axis(ax)
         ax.set_xlim(found.densities[0] * 150, found.densities[-1] * 75)
         top = max(r["test_accuracy_end"] for r in rows(found)) * 100
         ax.set_ylim(top - 25, top + 1.5)
-        ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         ax.set_title("tickets" if arm == "ticket" else ARMS.get(arm, arm))
-        ax.set_xlabel("density (% of weights kept)")
-        ax.grid(alpha=0.3)
     panels[0].legend(fontsize="small", loc="lower left")
     panels[0].set_ylabel("test accuracy at the end (%)")
     drawing.suptitle(f"{found.spec.model} on {found.spec.dataset}")
-    content = io.BytesIO()
-    drawing.savefig(content, format="png", dpi=120, metadata={"Software": None})
-    storage.write(path, content.getvalue())
+    save(drawing, path)

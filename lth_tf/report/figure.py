@@ -58,21 +58,31 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
                 x, [v.min() for v in values], [v.max() for v in values], color=colour, alpha=0.2,
                 lw=0,
             )  # fmt: skip
-        ax.set_xscale("log")
+        density_axis(ax)
         ax.invert_xaxis()
-        ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         if factor == 100.0:
             # Networks cut down to chance would flatten all that is of interest.
             top, bottom = max(shown), max(min(shown), max(shown) - 25)
             room = 0.1 * (top - bottom) + 0.2
             ax.set_ylim(bottom - room, top + room)
-        ax.set_xlabel("density (% of weights kept)")
         ax.set_ylabel(label)
-        ax.grid(alpha=0.3)
     axes[0].legend()
     drawing.suptitle(title)
+    save(drawing, path)
+
+
+def density_axis(ax: Any) -> None:
+    """Makes the horizontal axis one of densities in %, logarithmic."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.set_xlabel("density (% of weights kept)")
+    ax.grid(alpha=0.3)
+
+
+def save(drawing: matplotlib.figure.Figure, path: Path) -> None:
+    """Writes a PNG; equal drawings give equal bytes."""
     content = io.BytesIO()
     drawing.savefig(content, format="png", dpi=120, metadata={"Software": None})
     storage.write(path, content.getvalue())
