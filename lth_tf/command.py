@@ -31,7 +31,7 @@ def run(
     """
     console, data = rich.console.Console(), datasets.load(spec.dataset, data_dir)
     planned = experiment.plan(spec, data.input_shape, data.classes)
-    for part in report.plan_tables(planned, spec):
+    for part in report.plan_tables(planned, spec, options.get("score_only", False)):
         console.print(part, highlight=False)
     if plan_only:
         return

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lth_tf import analysis, masks, models, picking, pruning, schedules, storage
+from lth_tf import analysis, branches, masks, models, picking, pruning, schedules, storage
 from lth_tf.analysis.summary import read_csv, write_csv
-from lth_tf.branches import BRANCHES
 from lth_tf.callbacks import Summaries
 from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
@@ -69,7 +68,8 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     """Returns what `imp` or `one_shot` would do.
 
     Raises:
-      UserError: a density that cannot be reached, or control levels that do not exist.
+      UserError: a density that cannot be reached, control levels that do not exist, or a
+        control that such tickets cannot have.
     """
     model = models.build(spec, input_shape, classes, spec.seed)
     shapes = {name: tuple(v.shape) for name, v in pruning.kernels(model).items()}
@@ -91,6 +91,8 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
                 f"nothing would be left of {', '.join(empty)} at the last level, which would cut "
                 "the network; ask for fewer levels or a higher density"
             )
+    for name in spec.controls:
+        branches.require(name, spec)
     last = len(densities) - 1
     levels = spec.control_levels or range(1, last + 1)
     if bad := [level for level in levels if not 1 <= level <= last]:
@@ -102,14 +104,14 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     first, end = spec.retrain_span
     dense = spec.recipe == "imp" or spec.dense
     fresh = end if spec.retrain == "rewind" else end - first  # a control may have no past
-    branches = sum(len(names) for names in controls.values())
-    steps = dense * spec.train_steps + last * (end - first) + branches * fresh
+    extra = sum(len(names) for names in controls.values())
+    steps = dense * spec.train_steps + last * (end - first) + extra * fresh
     return Plan(
         shapes,
         rates,
         densities,
         controls,
-        (dense + last + branches) * spec.replicates,
+        (dense + last + extra) * spec.replicates,
         steps * spec.replicates,
     )
 
@@ -275,8 +277,12 @@ def laboratory(
     """Within, the workdir is the spec's, locked."""
     work = Path(workdir)
     with storage.lock(work):
-        claim(work, spec)
+        require_own(work, spec)
         lab = Laboratory(spec, work, dataset)
+        # Only now: what was refused so far must not be what the workdir asks for from now on.
+        storage.write(
+            work / "spec.json", json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n"
+        )
         lab.progress = progress(lab.plan) if progress else None
         with lab.progress or contextlib.nullcontext():
             yield lab
@@ -366,12 +372,12 @@ RECIPES: dict[str, Callable[..., list[dict[str, Any]]]] = {"imp": imp, "one_shot
 
 def branch(ticket: Ticket, name: str, start: Mapping, dataset: Dataset) -> Ticket:
     """Returns the control `name` of a ticket, marked as such; see `branches`."""
-    control = BRANCHES[name](ticket, start, dataset)
+    control = branches.BRANCHES[name](ticket, start, dataset)
     return dataclasses.replace(control, origin={**control.origin, "arm": name})
 
 
-def claim(workdir: Path, spec: Spec) -> None:
-    """Makes `workdir` the spec's, or checks that it is.
+def require_own(workdir: Path, spec: Spec) -> None:
+    """Checks that `workdir` is the spec's, or nobody's; what was never finished is removed.
 
     Raises:
       UserError: the folder belongs to another spec; names the fields that differ.
@@ -381,18 +387,20 @@ def claim(workdir: Path, spec: Spec) -> None:
         found = read_spec(workdir)
         mine, theirs = spec.identity(), found.identity()
         differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
-        if differing and next(finished(workdir), None) is None:
-            # Whoever had it never finished a training: a first try with a mistake in it.
+        picked = found.recipe == "one_shot" and any(workdir.glob("replicate_*/*/ticket.*"))
+        if differing and not picked and next(finished(workdir), None) is None:
+            # Whoever had it never finished anything: a first try with a mistake in it.
             for folder in workdir.glob("replicate_*"):
                 shutil.rmtree(folder)
         elif differing:
             there, here = found.as_dict(), spec.as_dict()
+            if found.recipe != spec.recipe:
+                differing = ["recipe"]
             listed = "; ".join(f"{n} is {there[n]!r} there, {here[n]!r} here" for n in differing)
             raise UserError(
                 f"{str(workdir)!r} belongs to another experiment: {listed}; choose another "
                 "--workdir or the same values"
             )
-    storage.write(path, json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n")
 
 
 def read_spec(workdir: Path) -> Spec:

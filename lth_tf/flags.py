@@ -111,7 +111,7 @@ def define_spec(*recipes: str, **defaults: Any) -> None:
             )
     if "one_shot" in recipes and "compression" not in flags.FLAGS:
         flags.DEFINE_list(
-            "compression", None, "comma-separated: 1 / density, instead of --density."
+            "compression", None, "comma-separated: 1 / density; takes the place of --density."
         )
     if "preset" not in flags.FLAGS:
         flags.DEFINE_string(
@@ -141,8 +141,6 @@ def spec_from_flags(recipe: str = "imp") -> Spec:
     values = flags.FLAGS.flag_values_dict()
     given = {field.name: values[field.name] for field in _fields(recipe)}
     if recipe == "one_shot" and flags.FLAGS.compression:
-        if flags.FLAGS["density"].present:
-            raise UserError("density and compression say the same thing; give one of them")
         given["density"] = tuple(_density(text) for text in flags.FLAGS.compression)
     return Spec(recipe=recipe, **given)
 
@@ -152,7 +150,7 @@ def _density(compression: str) -> float:
         factor = float(compression)
     except ValueError:
         factor = 0.0
-    if not 1 <= factor < float("inf"):
+    if not 1 < factor < float("inf"):
         raise UserError(
             f"compression {compression!r} is out of range; it is the number of weights divided by "
             "the number kept, above 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,13 +137,13 @@ def densities(spec: Spec, sizes: Mapping[str, int]) -> list[dict[str, float]]:
     kept = protected(spec, sizes)
     total, fixed = sum(sizes.values()), sum(sizes[name] for name in kept)
     found = [dict.fromkeys(sizes, 1.0)]
-    for density in sorted(spec.density, reverse=True):
+    for density in spec.density:
         rest = count(density, total) - fixed
         if rest <= 0:
             what = f"the {fixed} of the protected kernels" if fixed else "nothing"
             raise UserError(
-                f"density {density:g} of {total} weights leaves {what}; ask for more than "
-                f"{max(fixed, 0.5) / total:.2g}"
+                f"density {density:g} of {total} weights leaves {what}; ask for "
+                f"{math.ceil((fixed + 1) / total * 1e6) / 1e6:g} or more"
             )
         share = density if not fixed else rest / (total - fixed)
         found.append({name: 1.0 if name in kept else share for name in sizes})

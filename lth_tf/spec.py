@@ -303,6 +303,8 @@ class Spec:
             raise UserError("control_levels are given but no controls, e.g. --controls=reinit")
         if self.devices and self.distribute == "none":
             raise UserError("devices needs --distribute=mirrored")
+        # In the order of their levels, whatever the order that they were given in.
+        object.__setattr__(self, "density", tuple(sorted(self.density, reverse=True)))
         for scorer in ("grasp", "snip"):
             variant = getattr(self, f"{scorer}_variant")
             if self.scorer != scorer and variant != "paper":

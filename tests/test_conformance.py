@@ -1,6 +1,8 @@
 """Every entry of every registry keeps the promises of its kind."""
 
 import dataclasses
+import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -14,18 +16,20 @@ from lth_tf.flags import REGISTRIES
 from lth_tf.models import INITS, MODELS
 from lth_tf.schedules import LR_SCHEDULES
 from lth_tf.scopes import SCOPES, count
-from lth_tf.scorers import SCORERS
+from lth_tf.scorers import SCORERS, one_shot_mask
 from lth_tf.spec import Spec
 from lth_tf.training import OPTIMIZERS, Trainer
 
-SHAPE = (8, 8, 3)
+# The smallest images of the models that do not take 8x8 ones.
+SIDES = {"lenet5": 16, **{f"vgg{n}": 16 for n in (11, 13, 16, 19)}, "imagenet_vgg16": 32}
+DEEP = {"resnet56", "resnet110"}  # resnet20 with more of the same blocks: too slow to train here
 
 
 def tiny_model():
     model = keras.Sequential(
         [
             keras.Input((6, 6, 2)),
-            keras.layers.Conv2D(3, 3, activation="relu", name="conv"),
+            keras.layers.Conv2D(3, 2, activation="relu", name="conv"),
             keras.layers.BatchNormalization(name="norm"),
             keras.layers.Flatten(name="flatten"),
             keras.layers.Dense(5, activation="relu", name="fc"),
@@ -48,95 +52,153 @@ def state(model):
     return {n: v.numpy().copy() for n, v in pruning.weights(model).items()}
 
 
+@functools.cache
+def scored(scorer, **options):
+    """The scores of the tiny model, which they leave as it is, bit for bit."""
+    model = tiny_model()
+    before, variables = state(model), list(model.weights)
+    scores = SCORERS[scorer](model, pruning.kernels(model), batches(), **options)
+    assert all(before[n].tobytes() == w.tobytes() for n, w in state(model).items())
+    assert all(v is w for v, w in zip(model.weights, variables, strict=True))
+    return scores
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_scorer_repeats_is_finite_and_takes_every_kernel(scorer):
+    scores, again = scored(scorer), scored.__wrapped__(scorer)
+    kernels = pruning.kernels(tiny_model())
+    assert list(scores) == list(kernels)
+    for name, s in scores.items():
+        assert isinstance(s, np.ndarray) and s.dtype in (np.float32, np.float64)
+        assert s.shape == kernels[name].shape and np.isfinite(s).all()
+        assert s.tobytes() == again[name].tobytes()
+        assert len(np.unique(s)) > 2
+    if scorer == "random":
+        assert not np.array_equal(scored(scorer, seed=1)["conv/kernel"], scores["conv/kernel"])
+
+
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_scorer_and_scope(scorer, scope, density):
-    model = tiny_model()
-    before, kernels = state(model), pruning.kernels(model)
-    scores = SCORERS[scorer](model, kernels, batches())
-    assert scores.keys() == kernels.keys()
-    for name, s in scores.items():
-        assert s.shape == kernels[name].shape and s.dtype in (np.float32, np.float64)
-        assert np.isfinite(s).all()
-    assert all(np.array_equal(before[n], w) for n, w in state(model).items())
-    mask = SCOPES[scope](scores, density)
-    again = SCOPES[scope](SCORERS[scorer](model, kernels, batches()), density)
+    scores = scored(scorer)
+    choose = functools.partial(SCOPES[scope], min_per_layer=0)
+
+    def wanted(density):
+        if scope == "layerwise":
+            return sum(count(density, s.size) for s in scores.values())
+        return count(density, masks.size(scores))
+
+    mask, again = choose(scores, density), choose(scored(scorer), density)
     assert all(np.array_equal(mask[n], again[n]) for n in mask)
-    if scope == "layerwise":
-        wanted = sum(count(density, m.size) for m in mask.values())
-    else:
-        wanted = count(density, masks.size(mask))
-    assert masks.kept(mask) == wanted
+    assert masks.kept(mask) == wanted(density)
+    assert list(mask) == list(scores)
     assert all(set(np.unique(m)) <= {0, 1} and m.dtype == np.uint8 for m in mask.values())
-    nested = SCOPES[scope](scores, density / 2, within=mask)
-    assert masks.is_subset(nested, mask)
-    tied = SCOPES[scope]({n: np.zeros_like(s) for n, s in scores.items()}, 0.98)
-    assert masks.kept(tied) == (
-        sum(count(0.98, m.size) for m in mask.values())
-        if scope == "layerwise"
-        else count(0.98, masks.size(mask))
+    nested = choose(scores, density / 2, within=mask)
+    assert masks.is_subset(nested, mask) and masks.kept(nested) == wanted(density / 2)
+    tied = choose({n: np.zeros_like(s) for n, s in scores.items()}, 0.98)
+    assert masks.kept(tied) == wanted(0.98)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_one_shot_mask_is_exact_and_leaves_the_model_as_it_is(scorer, scope):
+    model = tiny_model()
+    before = state(model)
+    mask = one_shot_mask(
+        model, scorer, batches(), density=0.3, scope=scope, rounds=2, min_per_layer=1
     )
+    exact = [count(0.3, m.size) for m in mask.values()]
+    total = sum(exact) if scope == "layerwise" else count(0.3, masks.size(mask))
+    assert masks.kept(mask) == total and all(m.any() for m in mask.values())
+    assert all(before[n].tobytes() == w.tobytes() for n, w in state(model).items())
 
 
 @pytest.mark.parametrize("name", [*MODELS, "lenet_7_5_3"])
-def test_model_wraps_trains_and_repeats(name):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (40, *SHAPE), dtype=np.uint8)
-    labels = (np.arange(40) % 4).astype(np.int32)
-    data = Dataset("toy", images, labels, images[:8], labels[:8], 4, (0.5,) * 3, (0.25,) * 3)
+def test_model_wraps_trains_and_repeats(name, request):
+    thin = "width" in inspect.signature(MODELS[name]).parameters
+    shape = (SIDES.get(name, 8), SIDES.get(name, 8), 3)
     spec = Spec(
-        dataset="digits", model=name, validation_size=8, batch_size=4, train_steps=2, eval_every=1
-    )
-    trainer = Trainer(spec, data)
-    weights, kernels = training.initial_weights(spec, SHAPE, 4, seed=3)
-    again, _ = training.initial_weights(spec, SHAPE, 4, seed=3)
-    other, _ = training.initial_weights(spec, SHAPE, 4, seed=4)
+        dataset="digits", model=name, width=1 / 16 if thin else 1.0, validation_size=8,
+        batch_size=4, train_steps=2, eval_every=2, compile="off",
+    )  # fmt: skip
+    weights, kernels = training.initial_weights(spec, shape, 4, seed=3)
+    again, _ = training.initial_weights(spec, shape, 4, seed=3)
+    other, _ = training.initial_weights(spec, shape, 4, seed=4)
     assert all(np.array_equal(weights[n], again[n]) for n in weights)
     assert not any(np.array_equal(weights[n], other[n]) for n in kernels)
+    if name in DEEP:
+        return
+    if thin and name != "vgg11":  # tracing would take most of the time
+        tf.config.run_functions_eagerly(True)
+        request.addfinalizer(lambda: tf.config.run_functions_eagerly(False))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, *shape), dtype=np.uint8)
+    labels = (np.arange(40) % 4).astype(np.int32)
+    data = Dataset("toy", images, labels, images[:8], labels[:8], 4, (0.5,) * 3, (0.25,) * 3)
+    trainer = Trainer(spec, data)
     scores = SCORERS["magnitude"](None, {n: weights[n] for n in kernels})
     mask = SCOPES["layerwise"](scores, 0.3)
     trained = trainer.train(masks.apply(mask, weights), mask, 0, 2)
     assert all(not trained.weights[n][m == 0].any() for n, m in mask.items())
     assert pruning.kinds(trainer.model)[kernels[-1]] == "output"
     with pruning.plain(trainer.model) as model:
-        logits = model(tf.zeros((2, *SHAPE)))
+        logits = model(tf.zeros((2, *shape)))
     assert logits.shape == (2, 4)
     assert not np.allclose(tf.reduce_sum(logits, -1), 1)  # logits, not probabilities
 
 
+TINY = {
+    "dataset": "digits", "model": "lenet_20_10", "validation_size": 100, "train_steps": 30,
+    "eval_every": 30, "batch_size": 30, "scope": "global", "compile": "off",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    """A ticket of density about 0.4 that a real run made."""
-    spec = Spec(
-        dataset="digits", model="lenet_20_10", validation_size=100, train_steps=30, eval_every=30,
-        batch_size=30, levels=1, prune_fraction=0.6,
-    )  # fmt: skip
-    lab = Laboratory(spec, tmp_path_factory.mktemp("lab"), datasets.load("digits"))
-    dense = lab.dense(0)
-    trained = lab.train(lab.workdir / "dense", dense)
-    return lab.prune(dense, trained, dense.weights, 1)
+    """Recipe -> a ticket of density 0.4 that a real run made, and what it was cut out of."""
+    data = datasets.load("digits")
+    trained = Laboratory(
+        Spec(levels=1, prune_fraction=0.6, **TINY), tmp_path_factory.mktemp("lab"), data
+    )
+    dense = trained.dense(0)
+    after = trained.train(trained.workdir / "dense", dense)
+    picked = Laboratory(
+        Spec(recipe="one_shot", density=(0.4,), samples_per_class=2, **TINY),
+        tmp_path_factory.mktemp("lab"),
+        data,
+    )
+    return {
+        "imp": (trained.prune(dense, after, dense.weights, 1), dense.weights, data),
+        "one_shot": (picked.pick(picked.dense(0), 1), picked.dense(0).weights, data),
+    }
 
 
-@pytest.mark.parametrize("name", BRANCHES)
-def test_branch_changes_something_repeats_and_stays_valid(name, pruned):
-    control, again = branch(pruned, name), branch(pruned, name)
+@pytest.mark.parametrize(
+    "recipe, name",
+    [("imp", "reinit"), ("imp", "shuffle"), *(("one_shot", name) for name in BRANCHES)],
+)
+def test_branch_changes_something_repeats_and_stays_valid(recipe, name, pruned):
+    own, *others = pruned[recipe]
+    control, again = branch(own, name, *others), branch(own, name, *others)
     control.verify()
     changed = [
         n
         for part in ("mask", "weights")
-        for n, a in getattr(pruned, part).items()
+        for n, a in getattr(own, part).items()
         if not np.array_equal(a, getattr(control, part)[n])
     ]
     assert changed
     for part in ("mask", "weights"):
         for n, a in getattr(control, part).items():
             assert np.array_equal(a, getattr(again, part)[n])
-    assert masks.kept(control.mask) == masks.kept(pruned.mask)
-    assert control.level == pruned.level and control.origin["arm"] == name
-    other = dataclasses.replace(pruned, origin={**pruned.origin, "seed": 99})
+    assert masks.kept(control.mask) == masks.kept(own.mask) == count(0.4, masks.size(own.mask))
+    assert control.level == own.level and control.origin["arm"] == name
+    assert own.origin["arm"] == "ticket" and control.spec == own.spec
+    other = dataclasses.replace(own, origin={**own.origin, "seed": 99})
     assert any(
-        not np.array_equal(a, branch(other, name).weights[n]) for n, a in control.weights.items()
+        not np.array_equal(a, branch(other, name, *others).weights[n])
+        for n, a in control.weights.items()
     )
 
 

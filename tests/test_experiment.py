@@ -1,9 +1,11 @@
-"""IMP from level to level: nesting, budgets, rewinding, resuming, refusing."""
+"""IMP and pruning before training: nesting, budgets, rewinding, resuming, refusing."""
 
 import csv
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +13,15 @@ import time
 
 import numpy as np
 import pytest
+import rich.console
 
-from lth_tf import datasets, experiment, masks, pruning, scopes
+from lth_tf import analysis, datasets, experiment, masks, pruning, scopes
 from lth_tf.analysis.summary import COLUMNS, read_csv
 from lth_tf.errors import UserError
-from lth_tf.experiment import imp, plan
+from lth_tf.experiment import imp, one_shot, plan
 from lth_tf.spec import Spec
 from lth_tf.tickets import load_ticket, load_trained
+from lth_tf.training import initial_weights
 
 DIGITS = datasets.load("digits")
 BASE = Spec(
@@ -35,8 +39,28 @@ BASE = Spec(
 )
 
 
+PICKED = Spec(
+    recipe="one_shot",
+    dataset="digits",
+    model="lenet_20_10",
+    validation_size=100,
+    train_steps=20,
+    eval_every=10,
+    batch_size=30,
+    scope="global",
+    density=(0.2, 0.5),
+    samples_per_class=3,
+    compile="off",
+)
+
+
 def spec(**changes):
     return dataclasses.replace(BASE, **changes)
+
+
+def pick(**changes):
+    """The spec of an experiment that prunes before training."""
+    return dataclasses.replace(PICKED, **changes)
 
 
 def folder(workdir, level, replicate=0):
@@ -170,6 +194,51 @@ def test_rewinding_to_a_later_step(tmp_path):
     assert metrics[0]["step"] == 10 and metrics[-1]["step"] == 40
     control = read_csv(folder(tmp_path, 1) / "branch_reinit" / "metrics.csv")
     assert control[0]["step"] == 0  # new weights have no past
+
+
+def require_shuffled(own, control, start):
+    assert control.rewind_step == own.rewind_step and control.origin["arm"] == "shuffle"
+    for name, m in own.mask.items():
+        assert control.mask[name].sum() == m.sum()
+        assert not np.array_equal(control.mask[name], m)
+    assert same(control.weights, masks.apply(control.mask, start))
+
+
+def test_shuffled_control_is_cut_out_of_the_initial_weights(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    imp(spec(replicates=2, controls=("reinit", "shuffle")), tmp_path / "copy", DIGITS)
+    for replicate in range(2):
+        own = ticket(tmp_path / "copy", 2, replicate)
+        control = ticket(tmp_path / "copy", 2, replicate, branch="shuffle")
+        require_shuffled(own, control, ticket(workdir, 0, replicate).weights)
+        assert own.rewind_step == 0
+
+
+def test_shuffled_control_is_cut_out_of_the_weights_rewound_to(tmp_path):
+    s = spec(rewind_step=10, levels=1, controls=("shuffle",), control_levels=())
+    imp(s, tmp_path, DIGITS)
+    saved = load_ticket(folder(tmp_path, 0) / "rewind.safetensors").weights
+    own = ticket(tmp_path, 1)
+    require_shuffled(own, ticket(tmp_path, 1, branch="shuffle"), saved)
+    metrics = read_csv(folder(tmp_path, 1) / "branch_shuffle" / "metrics.csv")
+    assert (metrics[0]["step"], metrics[-1]["step"]) == (10, 40) and own.rewind_step == 10
+
+
+def test_controls_that_rank_initial_weights_are_not_for_imp(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "copy")
+    with pytest.raises(UserError, match="it needs tickets of lth-oneshot, not of lth-imp"):
+        imp(spec(controls=("reinit", "invert")), tmp_path / "copy", DIGITS)
+
+
+def test_protected_kernels_stay_whole_at_every_level(tmp_path):
+    s = spec(levels=2, protect=("fc2*", "output/kernel"), train_steps=5, eval_every=5,
+             controls=(), control_levels=())  # fmt: skip
+    imp(s, tmp_path, DIGITS)
+    for level in range(3):
+        kept = {n: int(m.sum()) for n, m in ticket(tmp_path, level).mask.items()}
+        assert kept == {
+            "fc1/kernel": scopes.count(0.8**level, 1280), "fc2/kernel": 200, "output/kernel": 100
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("retrain, first, last", [("lr_rewind", 30, 40), ("finetune", 40, 50)])
@@ -343,6 +412,8 @@ def ticket_with_violation():
             "cannot be reached",
         ),
         ({"levels": 60}, "nothing would be left of|at least"),
+        ({"protect": ("fc1*", "conv*")}, "protect 'conv[*]' fits no kernel; .* fc1/kernel, fc2"),
+        ({"protect": ("*",)}, "nothing would ever be pruned"),
     ],
 )
 def test_refuses(tmp_path, changes, words):
@@ -407,3 +478,318 @@ def test_second_process_on_a_workdir_is_refused(tmp_path):
     with storage.lock(tmp_path):
         with pytest.raises(UserError, match="another process is working in"):
             imp(BASE, tmp_path, DIGITS)
+
+
+# Pruning before training.
+
+
+EVERYTHING = pick(
+    dense=True, controls=("reinit", "shuffle", "invert", "absolute"), control_levels=(2,)
+)
+
+
+@pytest.fixture(scope="module")
+def picked(tmp_path_factory):
+    path = tmp_path_factory.mktemp("one_shot")
+    one_shot(EVERYTHING, path, DIGITS)
+    return path
+
+
+def metrics(workdir, level, branch=""):
+    return read_csv(folder(workdir, level) / branch / "metrics.csv")
+
+
+def test_one_shot_layout(picked):
+    names = {"ticket.safetensors", "trained.safetensors", "metrics.csv", "tensorboard"}
+    branches = {f"branch_{n}" for n in ("reinit", "shuffle", "invert", "absolute")}
+    assert sorted(p.name for p in folder(picked, 0).parent.iterdir()) == [
+        "level_00", "level_01", "level_02"
+    ]  # fmt: skip
+    for level in range(3):
+        found = {p.name for p in folder(picked, level).iterdir()}
+        assert found == names | (branches if level == 2 else set())
+    for branch in branches:
+        assert {p.name for p in (folder(picked, 2) / branch).iterdir()} == names
+
+
+def test_levels_of_one_shot_have_exactly_their_densities_from_the_highest_on(picked):
+    for level, density in enumerate((1.0, 0.5, 0.2)):
+        found = ticket(picked, level)
+        assert masks.kept(found.mask) == scopes.count(density, 1580) and found.level == level
+
+
+def test_tickets_of_one_shot_are_mask_times_initial_weights(picked):
+    start, _ = initial_weights(PICKED, (8, 8, 1), 10, seed=0)
+    assert same(ticket(picked, 0).weights, start)
+    for level in (1, 2):
+        now = ticket(picked, level)
+        assert same(now.weights, masks.apply(now.mask, start)) and now.rewind_step == 0
+        for name, m in now.mask.items():
+            assert not trained(picked, level)[name][m == 0].any()
+        assert not same(trained(picked, level), now.weights)
+
+
+def test_origin_holds_how_a_ticket_was_scored(picked):
+    own, control = ticket(picked, 2), ticket(picked, 2, branch="invert")
+    wanted = {"rounds": 1, "samples": 30, "batch_size": 30, "batch_norm": "train"}
+    assert own.origin["scoring"] == control.origin["scoring"] == wanted
+    assert own.spec.scorer == "grasp" and own.spec.recipe == "one_shot"
+    assert "scoring" not in ticket(picked, 0).origin
+
+
+def test_controls_of_one_shot(picked):
+    own = ticket(picked, 2)
+    found = {n: ticket(picked, 2, branch=n) for n in ("reinit", "shuffle", "invert", "absolute")}
+    for name, control in found.items():
+        assert control.origin["arm"] == name and control.level == 2
+        assert masks.kept(control.mask) == masks.kept(own.mask)
+        assert same(control.mask, own.mask) == (name == "reinit")
+        start = ticket(picked, 0).weights
+        cut = masks.apply(control.mask, start)
+        assert same(control.weights, cut) == (name != "reinit")
+        assert metrics(picked, 2, f"branch_{name}")[-1]["step"] == 20
+    assert masks.overlap(found["invert"].mask, own.mask) == 0
+
+
+def test_metrics_and_summary_of_one_shot(picked):
+    rows = read_csv(picked / "summary.csv")
+    arms = ["ticket", "ticket", "ticket", "absolute", "invert", "reinit", "shuffle"]
+    assert [r["arm"] for r in rows] == arms
+    assert [r["level"] for r in rows] == [0, 1, 2, 2, 2, 2, 2]
+    assert [r["density"] for r in rows[:3]] == [1.0, 0.5, 0.2]
+    for row in rows:
+        branch = "" if row["arm"] == "ticket" else f"branch_{row['arm']}"
+        seen = metrics(picked, row["level"], branch)
+        assert [r["step"] for r in seen] == [0, 10, 20]
+        best = min(seen, key=lambda r: r["validation_loss"])
+        assert row["early_stop_step"] == best["step"]
+        assert row["test_accuracy_end"] == seen[-1]["test_accuracy"]
+
+
+def test_score_only_writes_the_tickets_that_a_later_run_trains(picked, tmp_path):
+    rows = one_shot(EVERYTHING, tmp_path, DIGITS, score_only=True)
+    found = contents(tmp_path)
+    assert rows == [] and set(found) == {
+        "spec.json", *(f"replicate_00/level_0{n}/ticket.safetensors" for n in (1, 2))
+    }
+    assert not list(tmp_path.rglob("tensorboard"))
+    at_once = contents(picked)
+    for name, content in found.items():  # same seed, same bytes
+        assert content == at_once[name], name
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    one_shot(EVERYTHING, tmp_path, DIGITS)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    assert contents(tmp_path) == at_once
+
+
+def test_one_shot_grows_without_training_again(tmp_path):
+    small = pick(scorer="random", density=(0.5,))
+    one_shot(small, tmp_path, DIGITS)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    grown = dataclasses.replace(small, dense=True, replicates=2, controls=("shuffle",))
+    rows = one_shot(grown, tmp_path, DIGITS)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and len(before) == 2
+    assert [(r["replicate"], r["level"], r["arm"]) for r in read_csv(tmp_path / "summary.csv")] == [
+        (r, level, arm) for r in (0, 1)
+        for level, arm in ((0, "ticket"), (1, "ticket"), (1, "shuffle"))
+    ]  # fmt: skip
+    assert len(rows) == 6
+    one, other = (ticket(tmp_path, 1, replicate) for replicate in (0, 1))
+    assert (one.origin["seed"], other.origin["seed"]) == (0, 1)
+    assert not same(one.mask, other.mask)
+    assert same(other.weights, masks.apply(other.mask, ticket(tmp_path, 0, 1).weights))
+
+
+def test_without_dense_there_is_no_level_0(tmp_path):
+    rows = one_shot(pick(scorer="magnitude", density=(0.5,)), tmp_path, DIGITS)
+    assert [(r["arm"], r["level"]) for r in rows] == [("ticket", 1)]
+    assert not folder(tmp_path, 0).exists()
+
+
+@pytest.mark.parametrize("scope", scopes.SCOPES)
+def test_every_scope_is_exact_and_honours_min_per_layer(tmp_path, scope):
+    network = {"model": "lenet_3_40", "scope": scope, "density": (0.5,), "scorer": "magnitude"}
+    one_shot(pick(min_per_layer=60, **network), tmp_path, DIGITS, score_only=True)
+    mask = ticket(tmp_path, 1).mask
+    assert all(m.sum() >= 60 for m in mask.values())
+    if scope == "layerwise":  # 192, 120 and 400 weights
+        assert [int(m.sum()) for m in mask.values()] == [96, 60, 200]
+    else:
+        assert masks.kept(mask) == 356
+
+
+@pytest.mark.filterwarnings("ignore:density:UserWarning")
+def test_min_per_layer_takes_from_the_others(tmp_path):
+    for least in (0, 20):
+        s = pick(scorer="magnitude", density=(0.05,), min_per_layer=least)
+        one_shot(s, tmp_path / str(least), DIGITS, score_only=True)
+    without, guarded = (ticket(tmp_path / str(n), 1).mask for n in (0, 20))
+    assert min(m.sum() for m in without.values()) < 20 <= min(m.sum() for m in guarded.values())
+    assert masks.kept(without) == masks.kept(guarded) == 79
+
+
+def test_float64_one_shot(tmp_path):
+    one_shot(pick(precision="float64", density=(0.2,), rounds=2), tmp_path, DIGITS)
+    now = ticket(tmp_path, 1)
+    assert {w.dtype for w in (*now.weights.values(), *trained(tmp_path, 1).values())} == {
+        np.dtype(np.float64)
+    }
+    assert masks.kept(now.mask) == 316 and now.origin["scoring"]["rounds"] == 2
+    assert metrics(tmp_path, 1)[-1]["loss"] < metrics(tmp_path, 1)[0]["validation_loss"]
+
+
+def test_protected_kernels_are_whole_and_the_total_is_exact(tmp_path):
+    s = pick(scorer="snip", protect=("output*",))
+    one_shot(s, tmp_path, DIGITS, score_only=True)
+    for level, density in ((1, 0.5), (2, 0.2)):
+        mask = ticket(tmp_path, level).mask
+        assert mask["output/kernel"].all() and masks.kept(mask) == scopes.count(density, 1580)
+
+
+# What of the network is cut.
+
+
+class Said:
+    """Progress that keeps what it is told."""
+
+    def __init__(self, plan):
+        self.found = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def say(self, text):
+        self.found.append(text)
+
+
+CUT = pick(scorer="magnitude", density=(0.9, 0.005))
+
+
+def test_a_kernel_that_is_cut_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"density 0\.5063%.*\n  warning: .*fc1/kernel") as caught:
+        one_shot(CUT, tmp_path, DIGITS, score_only=True)
+    assert len(caught) == 1  # not for the level at which nothing is cut
+    mask = ticket(tmp_path, 2).mask
+    assert masks.kept(mask) == 8 and not mask["fc1/kernel"].any()
+    model = initial_model()
+    assert str(caught[0].message) == analysis.collapse(mask, analysis.connected(model, mask))
+
+
+def initial_model():
+    return experiment.models.build(PICKED, (8, 8, 1), 10, 0)
+
+
+def test_what_is_cut_is_said_where_there_is_progress(tmp_path, recwarn):
+    from lth_tf.callbacks.progress import Progress
+
+    console = rich.console.Console(file=io.StringIO(), width=60)
+    one_shot(CUT, tmp_path, DIGITS, lambda p: Progress(console, p.steps), score_only=True)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].startswith("density 90.0000%, on a path from input to output ")
+    assert lines[1].startswith("density 0.5063%, on a path from input to output 0.0000%")
+    assert lines[2] == "  warning: empty: fc1/kernel, fc2/kernel"
+    assert not [w for w in recwarn if "density" in str(w.message)]
+    # A ticket that is there is not looked at again.
+    again = Said(None)
+    one_shot(CUT, tmp_path, DIGITS, lambda p: again, score_only=True)
+    assert again.found == []
+
+
+# Refusals and resuming.
+
+
+def test_another_spec_of_one_shot_is_refused_and_named(picked):
+    with pytest.raises(UserError, match=r"scorer is 'grasp' there, 'snip' here"):
+        one_shot(pick(scorer="snip"), picked, DIGITS)
+    with pytest.raises(UserError, match=r"density is \[0.5, 0.2\] there, \[0.1\] here"):
+        one_shot(pick(density=(0.1,)), picked, DIGITS)
+
+
+def test_the_other_recipe_is_refused_and_named(picked, workdir):
+    with pytest.raises(UserError, match=r"recipe is 'one_shot' there, 'imp' here"):
+        imp(spec(), picked, DIGITS)
+    with pytest.raises(UserError, match=r"recipe is 'imp' there, 'one_shot' here"):
+        one_shot(pick(), workdir, DIGITS)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"controls": ("shuffle",), "control_levels": (3,)}, r"\[3\] are out of range.*1 to 2"),
+        ({"density": (1e-6,)}, "leaves nothing"),
+        ({"protect": ("conv*",)}, "fits no kernel"),
+        ({"samples_per_class": 500}, "samples_per_class 500 cannot be had: class 0 has"),
+        ({"scope": "uniform"}, "the first kernel 'fc1/kernel', which stays dense"),
+        ({"scope": "layerwise", "density": (0.001,)}, ""),
+        ({"min_per_layer": 150}, "316 weights are too few for min_per_layer 150"),
+    ],
+)
+def test_one_shot_refuses(tmp_path, changes, words):
+    if not words:
+        with pytest.warns(UserWarning, match="empty: fc2/kernel, output/kernel"):
+            one_shot(pick(**changes), tmp_path, DIGITS, score_only=True)
+        return
+    with pytest.raises(UserError, match=words):
+        one_shot(pick(**changes), tmp_path, DIGITS, score_only=True)
+
+
+def test_a_killed_one_shot_ends_as_if_nothing_had_happened(tmp_path):
+    """SIGKILL while the second ticket is picked, in a hundred rounds; then to the end."""
+    s = pick(scorer="synflow", density=(0.2, 0.05), controls=("shuffle",), train_steps=100)
+    code = (
+        "import json, sys; from lth_tf import datasets, experiment; from lth_tf.spec import Spec; "
+        "s = Spec.from_dict(json.loads(sys.argv[1])); "
+        "experiment.one_shot(s, sys.argv[2], datasets.load('digits'))"
+    )
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(s.as_dict()), killed])
+    while len(list(killed.rglob("*.safetensors"))) < 4 and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(0.03)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = {p: p.stat().st_mtime_ns for p in killed.rglob("*.safetensors")}
+    assert 4 <= len(before) < 8
+    for path in (tmp_path / "calm", killed):
+        one_shot(s, path, DIGITS)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    calm, killed = contents(tmp_path / "calm"), contents(killed)
+    assert calm.keys() == killed.keys() and len(calm) == 8 + 4 + 2
+    assert not [name for name in calm if calm[name] != killed[name]]
+
+
+# What a workdir is kept from.
+
+
+def test_a_control_that_such_tickets_cannot_have_is_refused_before_anything_is_written(tmp_path):
+    imp = Spec(dataset="digits", model="lenet_20_10", validation_size=300, controls=("invert",))
+    with pytest.raises(UserError, match="'invert' ranks initial weights anew"):
+        experiment.plan(imp, (8, 8, 1), 10)
+    with pytest.raises(UserError, match="'absolute' changes nothing for scorer snip"):
+        experiment.plan(
+            dataclasses.replace(imp, recipe="one_shot", scorer="snip", controls=("absolute",)),
+            (8, 8, 1), 10,
+        )  # fmt: skip
+    with pytest.raises(UserError, match="invert"):
+        experiment.imp(imp, tmp_path, datasets.load("digits"))
+    assert not (tmp_path / "spec.json").exists()
+
+
+def test_tickets_that_were_only_scored_are_not_taken_over(tmp_path):
+    spec = Spec(
+        recipe="one_shot", dataset="digits", model="lenet_20_10", validation_size=300,
+        train_steps=10, compile="off", scorer="magnitude", density=(0.5,),
+    )  # fmt: skip
+    data = datasets.load("digits")
+    experiment.one_shot(spec, tmp_path, data, score_only=True)
+    before = (folder(tmp_path, 1) / "ticket.safetensors").read_bytes()
+    for other, message in (
+        (dataclasses.replace(spec, scorer="random"), "scorer is 'magnitude' there, 'random' here;"),
+        (Spec(dataset="digits", validation_size=300), "recipe is 'one_shot' there, 'imp' here;"),
+    ):
+        with pytest.raises(UserError, match=message):
+            experiment.RECIPES[other.recipe](other, tmp_path, data)
+    assert (folder(tmp_path, 1) / "ticket.safetensors").read_bytes() == before

@@ -1,6 +1,8 @@
 """Flags: every field, every preset, and how a typo ends."""
 
+import contextlib
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -11,26 +13,47 @@ import lth_tf.flags
 from lth_tf import experiment
 from lth_tf.errors import UserError
 from lth_tf.flags import REGISTRIES, expand, presets, spec_from_flags
+from lth_tf.models import MODELS
+from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 
 lth_tf.flags.define_spec("imp", "one_shot")
 
 
-def parse(*words):
+FIELDS = {f.name: f for f in dataclasses.fields(Spec)}
+ON_THE_LINE = [f for f in FIELDS.values() if f.metadata.get("flag", True)]
+
+
+def parse(*words, recipe="imp"):
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         flags.FLAGS(expand(["tool", *words]))
-        return spec_from_flags()
+        return spec_from_flags(recipe)
 
 
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+# Data set -> shape of its images, number of classes.
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "tiny_imagenet": ((64, 64, 3), 200),
+    "imagenet2012": ((224, 224, 3), 1000),
+}
 
 
 def test_no_flags_give_the_default_spec():
     assert parse() == Spec()
+    assert parse(recipe="one_shot") == Spec(recipe="one_shot")
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(Spec), ids=lambda f: f.name)
+def test_the_recipe_is_the_tools_choice():
+    assert [f.name for f in FIELDS.values() if f not in ON_THE_LINE] == ["recipe"]
+    assert "recipe" not in flags.FLAGS
+
+
+@pytest.mark.parametrize("field", ON_THE_LINE, ids=lambda f: f.name)
 def test_every_field_has_a_flag_with_help_that_arrives(field):
     flag = flags.FLAGS[field.name]
     assert len(flag.help) > 15
@@ -43,7 +66,10 @@ def test_every_field_has_a_flag_with_help_that_arrives(field):
         word = f"--{field.name}={value}"
         value = (value,) if field.type.startswith("tuple") else value
     elif field.type.startswith("tuple"):
-        word, value = f"--{field.name}=3,5", (3, 5)
+        value = {"int": (3, 5), "float": (0.25, 1e-3), "str": ("fc1/kernel", "*2*")}[
+            re.match(r"tuple\[(\w+)", field.type)[1]
+        ]
+        word = f"--{field.name}={','.join(map(str, value))}"
     else:
         value = 0.25 if "float" in field.type else 7
         word = f"--{field.name}={value}"
@@ -53,17 +79,72 @@ def test_every_field_has_a_flag_with_help_that_arrives(field):
         assert flags.FLAGS[field.name].value == value
 
 
+# Presets.
+
+
+def command(name):
+    """What the preset's header says to type."""
+    text = open(presets()[name]).read()
+    return re.search(r"^# command +(.*?)^# hours", text, re.MULTILINE | re.DOTALL)[1]
+
+
+def preset(name, *words):
+    """The spec that the tool named in the header makes of the preset."""
+    if re.search(r"lth-(imp|oneshot)\b", command(name))[1] == "imp":
+        return parse(f"--preset={name}", *words)
+    return parse("--scope=global", f"--preset={name}", *words, recipe="one_shot")
+
+
 @pytest.mark.parametrize("name", presets())
 def test_preset_parses_plans_and_says_what_it_is(name):
-    spec = parse(f"--preset={name}")
-    planned = experiment.plan(spec, SHAPES[spec.dataset], 10)
-    assert planned.trainings >= spec.levels + 1
+    spec = preset(name)
+    shape, classes = SHAPES[spec.dataset]
+    if shape[0] > 64 and "width" in inspect.signature(MODELS[spec.model]).parameters:
+        spec = dataclasses.replace(spec, width=spec.width / 4)  # seconds less, and GBs
+    planned = experiment.plan(spec, shape, classes)
+    levels = spec.dense + len(spec.density) if spec.recipe == "one_shot" else spec.levels + 1
+    assert planned.trainings >= levels * spec.replicates
+    assert planned.steps >= spec.train_steps * spec.replicates
     text = open(presets()[name]).read()
     for word in ("command", "hours", "expected", "paper"):
         assert re.search(rf"^# {word} ", text, re.MULTILINE), word
-    assert f"--preset={name}" in text
+    assert f"--preset={name}" in command(name)
     assert "\n--preset" not in text  # a preset in a preset would be read and do nothing
     assert not re.search(r"^--.*#", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_preset_has_only_flags_that_its_tool_has(name):
+    recipe = preset(name).recipe
+    known = {f.name for f in ON_THE_LINE if f.metadata.get("recipe", recipe) == recipe}
+    known |= {"compression"} if recipe == "one_shot" else set()
+    given = re.findall(r"^--(\w+)", open(presets()[name]).read(), re.MULTILINE)
+    assert given and {g if g in known else g.removeprefix("no") for g in given} <= known
+    assert len(given) == len(set(given))
+
+
+def test_presets_that_loop_over_scorers_loop_over_some_that_exist():
+    loops = {name: re.search(r"for s in ([\w ]+);", command(name)) for name in presets()}
+    assert any(loops.values())
+    for name, loop in loops.items():
+        for scorer in loop[1].split() if loop else ():
+            assert scorer in SCORERS
+            assert preset(name, f"--scorer={scorer}").scorer == scorer
+
+
+def test_the_presets_of_one_comparison_differ_in_the_recipe_only():
+    a, b = preset("fashion_lenet5_imp"), preset("fashion_lenet5_oneshot")
+    owned = {f.name for f in FIELDS.values() if "recipe" in f.metadata} | {"recipe", "controls"}
+    assert (a.recipe, b.recipe) == ("imp", "one_shot")
+    assert {n for n in FIELDS if getattr(a, n) != getattr(b, n)} <= owned
+    # Four of its levels have the densities of the others.
+    shape, classes = SHAPES["fashion_mnist"]
+    planned = experiment.plan(a, shape, classes)
+    sizes = planned.kept(0)
+    total = sum(sizes.values())
+    found = [sum(d[n] * sizes[n] for n in d) / total for d in planned.densities]
+    for density, level in zip(b.density, (10, 13, 17, 20), strict=True):
+        assert found[level] == pytest.approx(density, rel=0.01)
 
 
 def test_preset_and_flagfile_stand_where_they_are_written(tmp_path):
@@ -87,6 +168,96 @@ def test_paper_presets_have_the_papers_numbers():
         )  # fmt: skip
 
 
+# Recipes.
+
+
+@contextlib.contextmanager
+def undefined():
+    """Within, none of this package's flags is defined."""
+    found = [
+        (module, flag)
+        for module, some in flags.FLAGS.flags_by_module_dict().items()
+        if not module.startswith("absl")
+        for flag in some
+    ]
+    flags.FLAGS.remove_flag_values([flag.name for _, flag in found])
+    kept = set(flags.FLAGS)
+    try:
+        yield
+    finally:
+        flags.FLAGS.remove_flag_values(set(flags.FLAGS) - kept)
+        for module, flag in found:
+            flags.FLAGS[flag.name] = flag
+            flags.FLAGS.register_flag_by_module(module, flag)
+
+
+def defined(*recipes, **defaults):
+    """Flag -> default, of a tool that defines those of these recipes."""
+    with undefined():
+        before = set(flags.FLAGS)
+        for _ in range(2):  # the second time changes nothing
+            lth_tf.flags.define_spec(*recipes, **defaults)
+        return {n: flags.FLAGS[n].default for n in flags.FLAGS if n not in before}
+
+
+def test_each_tool_has_the_flags_of_its_recipe_only():
+    imp, one_shot, neither = defined("imp"), defined("one_shot"), defined()
+    owned = {
+        recipe: {f.name for f in FIELDS.values() if f.metadata.get("recipe") == recipe}
+        for recipe in ("imp", "one_shot")
+    }
+    assert {"levels", "prune_fraction", "rewind_step"} <= set(imp) - set(one_shot)
+    assert {"scorer", "density", "compression", "dense"} <= set(one_shot) - set(imp)
+    assert set(imp) - set(neither) == owned["imp"]
+    assert set(one_shot) - set(neither) == owned["one_shot"] | {"compression"}
+    assert set(defined("imp", "one_shot")) == set(imp) | set(one_shot)
+    shared = {f.name for f in ON_THE_LINE} - owned["imp"] - owned["one_shot"]
+    assert set(neither) == shared | {"preset"}
+
+
+def test_a_tool_can_have_a_default_of_its_own():
+    plain, changed = defined("one_shot"), defined("one_shot", scope="global")
+    assert (plain["scope"], changed["scope"]) == ("layerwise", "global")
+    assert {n for n in plain if plain[n] != changed[n]} == {"scope"}
+
+
+def test_flags_of_the_other_recipe_do_not_reach_the_spec():
+    assert parse("--levels=3", recipe="one_shot") == Spec(recipe="one_shot")
+    assert parse("--scorer=snip", "--density=0.5") == Spec()
+
+
+@pytest.mark.parametrize(
+    "text, density",
+    [("20,10", (0.1, 0.05)), ("1.25", (0.8,)), ("1e3", (0.001,)), ("3, 7", (1 / 3, 1 / 7))],
+)
+def test_compression_is_the_inverse_of_density(text, density):
+    assert parse(f"--compression={text}", recipe="one_shot").density == density
+    preset = "--preset=fashion_lenet5_oneshot"
+    assert parse(preset, f"--compression={text}", recipe="one_shot").density == density
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--compression=abc",), "compression 'abc' is out of range; it is the number of weights"),
+        (("--compression=0.5",), "compression '0.5' is out of range"),
+        (("--compression=10,0",), "compression '0' is out of range"),
+        (("--compression=-10",), "compression '-10' is out of range"),
+        (("--compression=inf",), "compression 'inf' is out of range"),
+        (("--compression=nan",), "compression 'nan' is out of range"),
+        (("--compression=10,",), "compression '' is out of range"),
+        (("--compression=1",), "compression '1' is out of range"),
+        (("--compression=10,10",), "must name different densities"),
+    ],
+)
+def test_wrong_compressions_are_explained(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(*words, recipe="one_shot")
+
+
+# Mistakes.
+
+
 @pytest.mark.parametrize(
     "word, message",
     [
@@ -98,6 +269,11 @@ def test_paper_presets_have_the_papers_numbers():
         ("--levels=three", "'three' is not a whole number"),
         ("--learning_rate=fast", "'fast' is not a number"),
         ("--lr_drops=1,x", "'x' is not a whole number"),
+        ("--density=0.1,half", "'half' is not a number"),
+        ("--scorer=grsp", "unknown scorer 'grsp'; there are: .*Did you mean 'grasp'"),
+        ("--score_loss=crossentropy", "unknown loss .*Did you mean 'cross_entropy'"),
+        ("--controls=shufle", "unknown branch 'shufle'.*Did you mean 'shuffle'"),
+        ("--grasp_variant=offical", "unknown grasp_variant .*Did you mean 'official'"),
         ("--modle=lenet_300_100", "Unknown command line flag 'modle'"),
     ],
 )

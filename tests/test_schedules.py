@@ -1,5 +1,6 @@
 """schedules: the densities of the papers' levels, targets hit, learning rates step by step."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -7,8 +8,15 @@ import numpy as np
 import pytest
 
 from lth_tf.errors import UserError
-from lth_tf.schedules import LR_SCHEDULES, learning_rates, level_densities
+from lth_tf.schedules import (
+    LR_SCHEDULES,
+    ROUND_SCHEDULES,
+    learning_rates,
+    level_densities,
+    round_densities,
+)
 from lth_tf.scopes import count
+from lth_tf.spec import Spec
 
 LENET = {"fc1/kernel": 784 * 300, "fc2/kernel": 300 * 100, "output/kernel": 100 * 10}
 RATES = {"fc1/kernel": 0.2, "fc2/kernel": 0.2, "output/kernel": 0.1}
@@ -108,6 +116,59 @@ def test_one_end_and_only_one():
     for ends in ({}, {"levels": 3, "target_density": 0.5}):
         with pytest.raises(UserError, match="either levels or target_density"):
             level_densities({"a": 50}, {"a": 0.2}, **ends)
+
+
+# Rounds.
+
+
+@pytest.mark.parametrize("schedule", ROUND_SCHEDULES)
+@pytest.mark.parametrize("density", [1e-4, 0.05, 1 / 3, 0.5, 0.999, 1.0])
+def test_rounds_follow_their_formula_and_end_at_the_density(schedule, density):
+    for rounds in (1, 2, 3, 7, 100):
+        found = round_densities(density, rounds, schedule)
+        assert len(found) == rounds
+        assert found[-1] == density  # to the last bit, or a weight more or less is kept
+        exact = [
+            density ** (r / rounds) if schedule == "exponential" else 1 - (1 - density) * r / rounds
+            for r in range(1, rounds + 1)
+        ]
+        np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-15)
+        assert (np.diff(found) < 0).all() or density == 1
+        assert 0 < min(found) and max(found) <= 1
+
+
+def test_the_default_of_rounds_is_the_exponential_schedule_of_synflow():
+    """Tanaka et al. 2020, algorithm 1: rho^-(k / n) for compression rho."""
+    found = round_densities(0.1, 100)
+    np.testing.assert_allclose(found, [10 ** -(k / 100) for k in range(1, 101)], rtol=1e-12)
+    assert found == round_densities(0.1, 100, "exponential")
+    assert found != round_densities(0.1, 100, "linear")
+
+
+@pytest.mark.parametrize("schedule", ROUND_SCHEDULES)
+def test_rounds_of_each_kernel(schedule):
+    density = {"b": 0.1, "a": 1.0, "c": 0.4}
+    found = round_densities(density, 5, schedule)
+    assert found[-1] == density and [list(d) for d in found] == [["b", "a", "c"]] * 5
+    for name, d in density.items():
+        assert [each[name] for each in found] == round_densities(d, 5, schedule)
+    assert all(each["a"] == 1.0 for each in found)  # protected in every round
+
+
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_less_than_one_round(rounds):
+    with pytest.raises(UserError, match=f"rounds {rounds} is out of range; .*at least 1"):
+        round_densities(0.1, rounds)
+
+
+def test_unknown_round_schedule():
+    with pytest.raises(UserError, match="unknown round_schedule 'cosine'; there are: exponential"):
+        round_densities(0.1, 3, "cosine")
+
+
+def test_round_schedules_are_those_that_a_spec_can_name():
+    field = next(f for f in dataclasses.fields(Spec) if f.name == "round_schedule")
+    assert tuple(field.metadata["choices"]) == tuple(ROUND_SCHEDULES)
 
 
 # Learning rates.

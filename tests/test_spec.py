@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -15,6 +16,26 @@ from lth_tf.spec import Spec
 FIELDS = {field.name: field for field in dataclasses.fields(Spec)}
 # field -> what else it needs, values that are allowed, values that are out of range.
 RANGES = {
+    "recipe": ({}, ("imp", "one_shot"), ("one-shot", "")),
+    "width": ({}, (1e-3, 0.5, 1, 2.0), (0, 0.0, -1)),
+    "shortcut": ({}, ("projection", "identity"), ("none", "")),
+    "augmentation": ({}, ("none", "flip_crop", "resized_crop"), ("flip", "")),
+    "protect": ({}, ((), ("output/kernel",), ("*shortcut*", "conv1/kernel")), ()),
+    "density": (
+        {},
+        ((0.05,), (1e-9,), (0.999,), (0.1, 0.05)),
+        ((), (0.0,), (0,), (1.0,), (1,), (-0.1,), (0.1, 1.5), (0.1, 0.2, 0.1)),
+    ),
+    "rounds": ({}, (None, 1, 100), (0, -1)),
+    "round_schedule": ({}, ("exponential", "linear"), ("cosine", "")),
+    "samples_per_class": ({}, (1, 10, 5000), (0, -1)),
+    "score_batch_size": ({}, (1, 100), (0, -1)),
+    "score_batch_norm": ({}, ("auto", "train", "eval"), ("batch", "")),
+    "temperature": ({"scorer": "grasp"}, (1e-3, 1, 200.0), (0, 0.0, -1)),
+    "grasp_variant": ({"scorer": "grasp"}, ("paper", "official", "absolute"), ("code", "")),
+    "snip_variant": ({"scorer": "snip"}, ("paper", "official"), ("absolute", "")),
+    "min_per_layer": ({}, (0, 1, 100), (-1,)),
+    "dense": ({}, (False, True), ()),
     "normalization": ({}, ("standard", "unit", "l2"), ("none", "")),
     "validation_size": ({}, (1, 5000), (0, -1)),
     "prune_fraction": ({}, (0, 0.0, 0.2, 0.999), (1, 1.0, 20.0, -0.1)),
@@ -50,6 +71,8 @@ NAMES = {
     "dataset": "digits",
     "init": "glorot_uniform",
     "scope": "global",
+    "scorer": "snip",
+    "score_loss": "squared_error",
     "optimizer": "sgd",
     "lr_schedule": "cosine",
     "controls": ("reinit",),
@@ -60,8 +83,19 @@ NOT_A = {
     "int": (1.5, 1.0, "1", True, (1,)),
     "float": ("0.5", True, (0.5,), 1j),
     "tuple[int, ...]": ([1], 1, (1.5,), ("1",), (True,), "12"),
+    "tuple[float, ...]": ([0.1], 0.1, ("0.1",), (True,), (0.1, None), "0.1"),
     "tuple[str, ...]": (["reinit"], "reinit", (1,)),
 }
+ONE_SHOT = Spec(recipe="one_shot")
+
+
+def recipe_of(name):
+    return {"recipe": FIELDS[name].metadata["recipe"]} if "recipe" in FIELDS[name].metadata else {}
+
+
+def make(name, value, **others):
+    """A spec with that value, of a recipe that has the field."""
+    return Spec(**{**recipe_of(name), **others, name: value})
 
 
 def test_every_field_is_tested():
@@ -75,11 +109,11 @@ def test_every_field_is_tested():
 def test_range(name):
     others, allowed, refused = RANGES[name]
     for value in allowed:
-        found = getattr(Spec(**others, **{name: value}), name)
+        found = getattr(make(name, value, **others), name)
         assert found == value
     for value in refused:
         with pytest.raises(UserError, match=name):
-            Spec(**others, **{name: value})
+            make(name, value, **others)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -93,11 +127,11 @@ def test_type(name):
             Spec(**{name: None})
 
 
-@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.type.startswith("float")])
+@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if "float" in f.type])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite(name, bad):
     with pytest.raises(UserError, match=f"{name} must be a finite number"):
-        Spec(**{name: bad})
+        make(name, (0.5, bad) if FIELDS[name].type.startswith("tuple") else bad)
 
 
 def test_range_says_what_is_allowed():
@@ -109,9 +143,12 @@ def test_range_says_what_is_allowed():
         ),
         ("target_density", 0.0, "it must be above 0.0 and below 1.0"),
         ("batch_size", 0, "batch_size 0 is out of range; it must be at least 1$"),
+        ("density", (0.1, 20), "density 20 is out of range; it must be above 0.0 and below 1.0"),
+        ("density", (), r"density \[\] must name different densities"),
+        ("density", (0.1, 0.10), r"density \[0.1, 0.1\] must name different densities"),
     ):
         with pytest.raises(UserError, match=text):
-            Spec(**{name: value})
+            make(name, value)
 
 
 def test_unknown_choice_names_the_nearest():
@@ -159,6 +196,40 @@ def test_contradiction(fields, text):
         Spec(**fields)
 
 
+@pytest.mark.parametrize("scorer", ["snip", "synflow", "magnitude", "random", "grasp"])
+def test_options_of_another_scorer_are_refused(scorer):
+    for name, value in (
+        ("grasp_variant", "official"), ("grasp_variant", "absolute"), ("snip_variant", "official"),
+        ("temperature", 1.0),
+    ):  # fmt: skip
+        owner = "snip" if name == "snip_variant" else "grasp"
+        if scorer == owner:
+            assert getattr(make(name, value, scorer=scorer), name) == value
+        else:
+            with pytest.raises(UserError, match=f"{name} .* needs --scorer={owner}"):
+                make(name, value, scorer=scorer)
+
+
+OTHERS = {"imp": "one_shot", "one_shot": "imp"}
+OWNED = [name for name, field in FIELDS.items() if "recipe" in field.metadata]
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_fields_of_the_other_recipe_are_refused_when_changed(name):
+    field = FIELDS[name]
+    other = OTHERS[field.metadata["recipe"]]
+    changed = NAMES.get(name) or next(v for v in RANGES[name][1] if v != field.default)
+    with pytest.raises(UserError, match=f"{name} has no meaning for the recipe '{other}', only"):
+        Spec(recipe=other, **{name: changed})
+    assert getattr(Spec(recipe=other, **{name: field.default}), name) == field.default
+
+
+def test_both_recipes_have_fields_of_their_own():
+    assert {"density", "scorer", "dense", "rounds"} < set(OWNED)
+    assert {"levels", "prune_fraction", "rewind_step", "one_shot"} < set(OWNED)
+    assert not {"seed", "scope", "protect", "train_steps", "controls"} & set(OWNED)
+
+
 # Retraining.
 
 
@@ -196,6 +267,11 @@ def test_round_trip():
         Spec(model="conv2", prune_fraction_conv=0.1, target_density=1 / 3, rewind_step=0.1),
         Spec(lr_schedule="steps", lr_drops=(5, 9), controls=("reinit",), control_levels=(1, 3)),
         Spec(distribute="mirrored", devices=2, retrain="lr_rewind", retrain_steps=7),
+        ONE_SHOT,
+        Spec(
+            recipe="one_shot", density=(1 / 3, 0.1, 1e-3), scorer="snip", snip_variant="official",
+            rounds=3, protect=("output/kernel", "*1*"), dense=True, width=0.5, min_per_layer=1,
+        ),  # fmt: skip
     ):
         text = json.dumps(spec.as_dict())
         back = Spec.from_dict(json.loads(text))
@@ -209,6 +285,36 @@ def test_from_dict_refuses_what_spec_refuses():
     with pytest.raises(UserError, match="levels must be int"):
         Spec.from_dict({"levels": "3"})
     assert Spec.from_dict({"levels": 3}) == Spec(levels=3)
+    with pytest.raises(UserError, match="density must be tuple"):
+        Spec.from_dict({"recipe": "one_shot", "density": ["0.1"]})
+    with pytest.raises(UserError, match="levels has no meaning for the recipe 'one_shot'"):
+        Spec.from_dict({"recipe": "one_shot", "levels": 3})
+    assert Spec.from_dict({"recipe": "one_shot", "density": [0.5, 0.25]}).density == (0.5, 0.25)
+
+
+# What lth-imp wrote before there were other recipes.
+OLD = {
+    "batch_size", "compile", "control_levels", "controls", "dataset", "devices", "distribute",
+    "eval_every", "histograms", "init", "learning_rate", "levels", "lr_drop_factor", "lr_drops",
+    "lr_schedule", "model", "momentum", "normalization", "one_shot", "optimizer", "precision",
+    "prune_fraction", "prune_fraction_conv", "prune_fraction_output", "replicates", "retrain",
+    "retrain_steps", "rewind_step", "scope", "seed", "target_density", "train_steps",
+    "validation_size", "warmup_steps", "weight_decay",
+}  # fmt: skip
+
+
+def test_specs_written_before_there_were_recipes_are_still_the_same():
+    recorded = pathlib.Path(__file__).parent.parent / "results" / "mnist_lenet_imp" / "spec.json"
+    texts = [json.dumps({n: v for n, v in Spec(levels=7).as_dict().items() if n in OLD})]
+    texts += [recorded.read_text()] if recorded.exists() else []
+    for text in texts:
+        written = json.loads(text)
+        assert set(written) == OLD
+        old = Spec.from_dict(written)
+        assert old.recipe == "imp"
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in written.items()}
+        assert old.identity() == Spec(**values).identity()
+        assert {n: old.as_dict()[n] for n in OLD} == written
 
 
 # Identity.
@@ -218,6 +324,10 @@ def test_equal_specs_are_written_alike():
     a, b = Spec(learning_rate=1, rewind_step=10), Spec(learning_rate=1.0, rewind_step=10.0)
     assert a == b and a.digest() == b.digest()
     assert json.dumps(a.as_dict()) == json.dumps(b.as_dict())
+    warm = Spec(recipe="one_shot", width=2, temperature=1)
+    again = Spec(recipe="one_shot", width=2.0, temperature=1.0)
+    assert warm.digest() == again.digest()
+    assert json.dumps(warm.as_dict()) == json.dumps(again.as_dict())
 
 
 GROWTH = [
@@ -236,15 +346,36 @@ def test_identity_ignores_what_grows(change):
     assert Spec(**change) != Spec()
 
 
+@pytest.mark.parametrize("change", [c for c in GROWTH if "levels" not in c] + [{"dense": True}])
+def test_identity_of_one_shot_ignores_what_grows(change):
+    grown = Spec(recipe="one_shot", **change)
+    assert grown.identity() == ONE_SHOT.identity() and grown.digest() == ONE_SHOT.digest()
+    assert grown != ONE_SHOT
+
+
+def test_densities_are_those_of_the_levels_in_whatever_order():
+    a, b = (Spec(recipe="one_shot", density=d) for d in ((0.02, 0.5, 0.1), (0.1, 0.02, 0.5)))
+    assert a == b and a.density == (0.5, 0.1, 0.02) and a.digest() == b.digest()
+
+
+def test_identity_has_the_recipes_own_fields_only():
+    for recipe in OTHERS:
+        names = set(Spec(recipe=recipe).identity())
+        owned = {n for n in OWNED if FIELDS[n].metadata["recipe"] == recipe}
+        assert owned - names <= {"levels", "dense"}
+        assert not names & (set(OWNED) - owned) and "recipe" in names
+    assert Spec().digest() != ONE_SHOT.digest()
+
+
 def test_every_other_field_makes_another_experiment():
-    grow = {name for change in GROWTH for name in change}
+    grow = {name for change in GROWTH for name in change} | {"dense"}
     for name, (needed, allowed, _) in RANGES.items():
         if name not in grow:
-            digests = {Spec(**needed, **{name: value}).digest() for value in allowed}
+            digests = {make(name, value, **needed).digest() for value in allowed}
             assert len(digests) == len(set(allowed)) > 1, name
     for name, value in NAMES.items():
         if name not in grow:
-            assert Spec(**{name: value}).digest() != Spec().digest(), name
+            assert make(name, value).digest() != Spec(**recipe_of(name)).digest(), name
 
 
 def test_levels_decide_only_what_is_pruned_at_once():

@@ -11,9 +11,8 @@ import lth_tf.flags
 from lth_tf import bench, datasets
 from lth_tf.report.tables import bench_table
 
-# Before the Spec's flag of that name, of which it takes the place: one round is measured here.
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)
-lth_tf.flags.define_spec("imp", "one_shot")
+lth_tf.flags.define_spec("imp", "one_shot")  # after --rounds, which is not the Spec's here
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 BLOCK = flags.DEFINE_integer("block", 500, "Steps per contender and round.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")

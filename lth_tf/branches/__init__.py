@@ -15,6 +15,7 @@ from lth_tf import masks, picking
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.registry import Registry
+from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
 from lth_tf.training import initial_weights
 
@@ -51,7 +52,12 @@ def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
 
 @BRANCHES.register("invert")
 def invert(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
-    """The weights with the lowest scores (Frankle et al. 2021, their ablations)."""
+    """The weights with the lowest scores (Frankle et al. 2021, their ablations).
+
+    Raises:
+      UserError: see `require`.
+    """
+    require("invert", ticket.spec)
     return _picked_again(ticket, start, dataset, np.negative)
 
 
@@ -60,28 +66,32 @@ def absolute(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """The weights whose scores are the furthest from zero (Frankle et al. 2021, their ablations).
 
     Raises:
-      UserError: the scorer's scores are never negative, so that nothing would change.
+      UserError: see `require`.
     """
-    spec = ticket.spec
-    if spec.recipe == "one_shot" and (spec.scorer, spec.grasp_variant) not in (
-        ("grasp", "paper"),
-        ("grasp", "official"),
-    ):
-        raise UserError(
-            f"the branch 'absolute' changes nothing for scorer {spec.scorer!r}, whose scores are "
-            "never negative; it is for grasp"
-        )
+    require("absolute", ticket.spec)
     return _picked_again(ticket, start, dataset, np.abs)
+
+
+def require(name: str, spec: Spec) -> None:
+    """Raises UserError where a branch cannot be run off a spec's tickets, or changes nothing."""
+    if name not in ("invert", "absolute"):
+        return
+    if spec.recipe != "one_shot":
+        raise UserError(
+            f"the branch {name!r} ranks initial weights anew: it needs tickets of lth-oneshot, not "
+            "of lth-imp, whose scores come from weights that were trained"
+        )
+    if name == "absolute" and (spec.scorer != "grasp" or spec.grasp_variant == "absolute"):
+        scorer = spec.scorer if spec.scorer != "grasp" else "grasp (absolute)"
+        raise UserError(
+            f"the branch 'absolute' changes nothing for scorer {scorer}, whose scores are never "
+            "negative; it is for grasp with grasp_variant paper or official"
+        )
 
 
 def _picked_again(
     ticket: Ticket, start: Start, dataset: Dataset, transform: picking.Transform
 ) -> Ticket:
-    if ticket.spec.recipe != "one_shot":
-        raise UserError(
-            "the branches 'invert' and 'absolute' rank initial weights anew: they need a ticket "
-            "of lth-oneshot, not of lth-imp, whose scores come from weights that were trained"
-        )
     full = masks.ones({name: m.shape for name, m in ticket.mask.items()})
     dense = dataclasses.replace(ticket, mask=full, weights=dict(start), level=0)
     density = picking.densities(ticket.spec, {name: m.size for name, m in full.items()})

@@ -24,7 +24,7 @@ ARMS = {
 }
 
 
-def plan_tables(plan: Plan, spec: Spec) -> Iterator[Any]:
+def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[Any]:
     """Yields the kernels with what becomes of them, then the work in one sentence."""
     table = Table(title=f"{spec.model} on {spec.dataset}: what can be pruned")
     removed = ["removed per level"] if plan.rates else []
@@ -51,12 +51,15 @@ def plan_tables(plan: Plan, spec: Spec) -> Iterator[Any]:
         rounds = spec.rounds or ROUNDS.get(spec.scorer, 1)
         yield (
             f"picked at initialisation by {spec.scorer} in {rounds} round(s), scope {spec.scope}; "
-            "densities " + ", ".join(f"{d:.3%}" for d in sorted(spec.density, reverse=True))
+            "densities " + ", ".join(f"{d:.3%}" for d in spec.density)
         )
     elif len(plan.densities) > 1:
         first, end = spec.retrain_span
         yield f"after each pruning: {spec.retrain}, steps {first:,} to {end:,}"
     each = plan.trainings // spec.replicates - controls
+    if score_only:
+        yield f"{each * spec.replicates} tickets; nothing is trained"
+        return
     yield (
         f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {each} "
         f"level(s) and {controls} control(s); {plan.steps:,} steps in all"
