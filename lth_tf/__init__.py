@@ -21,6 +21,7 @@ _HOMES = {
     "get_mask": "pruning",
     "imp": "experiment",
     "load_ticket": "tickets",
+    "one_shot": "experiment",
     "one_shot_mask": "scorers",
     "prune": "pruning",
     "score": "scorers",

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lth_tf import analysis, branches, masks, models, picking, pruning, schedules, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.callbacks import Summaries
@@ -77,6 +79,10 @@ def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
     rates: dict[str, float] = {}
     if spec.recipe == "one_shot":
         densities = picking.densities(spec, sizes)
+        if spec.min_per_layer or spec.scope != "global":  # whose budgets may not be possible
+            blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+            for each in densities[1:]:
+                SCOPES[spec.scope](blank, each, min_per_layer=spec.min_per_layer)
     else:
         rates = _rates(spec, pruning.kinds(model))
         densities = schedules.level_densities(

@@ -140,7 +140,7 @@ def spec_from_flags(recipe: str = "imp") -> Spec:
         )
     values = flags.FLAGS.flag_values_dict()
     given = {field.name: values[field.name] for field in _fields(recipe)}
-    if recipe == "one_shot" and flags.FLAGS.compression:
+    if recipe == "one_shot" and flags.FLAGS.compression is not None:
         given["density"] = tuple(_density(text) for text in flags.FLAGS.compression)
     return Spec(recipe=recipe, **given)
 

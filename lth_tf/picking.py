@@ -136,6 +136,8 @@ def densities(spec: Spec, sizes: Mapping[str, int]) -> list[dict[str, float]]:
     """
     kept = protected(spec, sizes)
     total, fixed = sum(sizes.values()), sum(sizes[name] for name in kept)
+    if fixed == total:
+        raise UserError(f"protect {','.join(spec.protect)!r} leaves nothing that could be pruned")
     found = [dict.fromkeys(sizes, 1.0)]
     for density in spec.density:
         rest = count(density, total) - fixed

@@ -348,9 +348,14 @@ def prune(model: Any) -> Any:
     """
     require_model(model)
     layers = list(model._flatten_layers())
-    if any(isinstance(layer, MaskedLayer) for layer in layers):
+    if is_pruned(model):
         raise UserError(f"model {model.name!r} is pruned already; use set_mask to change its mask")
     for layer in layers:
+        if isinstance(layer.call, tf.types.experimental.PolymorphicFunction):
+            raise UserError(
+                f"the call of {type(layer).__name__} {layer.name!r} is a @tf.function, which would "
+                "go on with the kernels it saw first; remove the decorator, fit compiles anyway"
+            )
         if type(layer).__name__ in ("AddLoss", "AddMetric"):
             raise UserError(
                 f"model {model.name!r} was given losses or metrics of symbolic tensors (add_loss, "
@@ -381,12 +386,6 @@ def require_model(model: Any) -> None:
             f"model {model.name!r} is not built: the kernels of {', '.join(unbuilt)} do not exist "
             "yet; call it on a batch (or model.build(input_shape)) first"
         )
-    for layer in layers:
-        if isinstance(layer.call, tf.types.experimental.PolymorphicFunction):
-            raise UserError(
-                f"the call of {type(layer).__name__} {layer.name!r} is a @tf.function, which would "
-                "go on with the kernels it saw first; remove the decorator, fit compiles anyway"
-            )
     found = _weights(model)
     if not any(w.kernel for w in found):
         raise UserError(
@@ -400,6 +399,11 @@ def require_model(model: Any) -> None:
             f"model {model.name!r} trains {strangers}, which belong to no Keras layer (but to a "
             "tf.Module?); make that a keras.layers.Layer"
         )
+
+
+def is_pruned(model: Any) -> bool:
+    """Says whether a model has masks."""
+    return any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers())
 
 
 def strip(model: Any) -> Any:
@@ -422,7 +426,7 @@ def plain(model: Any) -> Iterator[Any]:
     Raises:
       InvariantError: a pruned weight is not zero.
     """
-    if not any(isinstance(layer, MaskedLayer) for layer in model._flatten_layers()):
+    if not is_pruned(model):
         yield model
         return
     check(model)
@@ -739,6 +743,6 @@ def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> _Probe:
 
 __all__ = [
     "InvariantError", "MaskedLayer", "assign", "check", "create_slots", "fit", "get_mask",
-    "inner_optimizer", "kernels", "kinds", "plain", "prune", "require_maskable", "require_model",
-    "set_mask", "slots_of", "strip", "weights",
+    "inner_optimizer", "is_pruned", "kernels", "kinds", "plain", "prune", "require_maskable",
+    "require_model", "set_mask", "slots_of", "strip", "weights",
 ]  # fmt: skip

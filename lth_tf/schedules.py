@@ -98,8 +98,8 @@ def round_densities(
     >>> round_densities({"a": 0.5, "b": 1.0}, 2, "linear")
     [{'a': 0.75, 'b': 1.0}, {'a': 0.5, 'b': 1.0}]
     """
-    if rounds < 1:
-        raise UserError(f"rounds {rounds} is out of range; it must be at least 1")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise UserError(f"rounds {rounds} is out of range; it must be a whole number, at least 1")
     if schedule not in ROUND_SCHEDULES:
         raise UserError(
             f"unknown round_schedule {schedule!r}; there are: {', '.join(ROUND_SCHEDULES)}"

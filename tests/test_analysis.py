@@ -1,6 +1,7 @@
 """analysis: the early-stop step, tables that keep every digit, and when a ticket wins."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -380,15 +381,18 @@ def test_compare_puts_methods_at_the_same_densities_together(tmp_path):
     one = workdir(tmp_path / "snip", snip, {1: 0.2, 2: 0.1}, arms=("ticket", "shuffle"))
     two = workdir(tmp_path / "grasp", rounds, {1: 0.2, 2: 0.1}, replicates=1)
     found = comparison.compare([imp, one, two])
-    assert list(found.methods) == ["imp", "snip", "grasp (absolute, erk, 9 rounds)"]
+    assert list(found.methods) == [
+        "imp (scope layerwise)", "snip", "grasp (scope erk, rounds 9, grasp_variant absolute)"
+    ]  # fmt: skip
+    imp_name = "imp (scope layerwise)"
     assert found.densities == [0.2, 0.1]
     assert found.dense.replicates == (0, 1) and found.dense.density == 1.0
-    assert found.at("imp", "ticket", 0.2).level == 7  # 0.201 is near enough
-    assert found.at("imp", "shuffle", 0.2) is None and found.at("imp", "ticket", 0.4) is None
+    assert found.at(imp_name, "ticket", 0.2).level == 7  # 0.201 is near enough
+    assert found.at(imp_name, "shuffle", 0.2) is None and found.at(imp_name, "ticket", 0.4) is None
     shuffled = found.at("snip", "shuffle", 0.1)
     assert shuffled.test_accuracy_end.tolist() == pytest.approx([0.83, 0.73])
     rows = comparison.rows(found)
-    assert [r["method"] for r in rows][:2] == ["dense", "imp"] and len(rows) == 1 + 3 + 4 + 2
+    assert [r["method"] for r in rows][:2] == ["dense", imp_name] and len(rows) == 1 + 3 + 4 + 2
     assert rows[0]["test_accuracy_end"] == pytest.approx(0.85)
     assert rows[0]["test_accuracy_end_deviation"] == pytest.approx(0.1 / 2**0.5)
     assert rows[-1]["test_accuracy_end_deviation"] is None
@@ -399,7 +403,7 @@ def test_compare_puts_methods_at_the_same_densities_together(tmp_path):
     [
         ({"train_steps": 9}, r"differ in train_steps \(9, 50000\)"),
         ({"model": "conv2", "seed": 3}, r"differ in model \(conv2, lenet_300_100\), seed"),
-        ({}, "second workdir of imp"),
+        ({}, r"second workdir of imp \(scope layerwise\)"),
     ],
 )
 def test_compare_refuses_what_is_not_the_same_training(tmp_path, other, message):
@@ -414,3 +418,17 @@ def test_compare_refuses_what_is_not_the_same_training(tmp_path, other, message)
 def test_compare_needs_a_finished_training(tmp_path):
     with pytest.raises(UserError, match="no training has finished"):
         comparison.compare([(tmp_path, Spec())])
+
+
+def test_compare_needs_a_density_that_all_have(tmp_path):
+    with pytest.raises(UserError, match="no workdirs given"):
+        comparison.compare([])
+    spec = Spec(recipe="one_shot", scope="global", density=(0.00004, 0.1))
+    one = workdir(tmp_path / "a", spec, {1: 0.1, 2: 0.00004})
+    two = workdir(tmp_path / "b", dataclasses.replace(spec, temperature=1.0), {1: 0.3})
+    with pytest.raises(UserError, match=r"grasp: 4e-05, 0.1; grasp \(temperature 1.0\): 0.3"):
+        comparison.compare([one, two])
+    assert comparison.compare([one]).densities == [0.1, 0.00004]
+    dense = workdir(tmp_path / "c", Spec(), {0: 1.0})
+    with pytest.raises(UserError, match="no density at which all have tickets"):
+        comparison.compare([dense, one])

@@ -1,5 +1,6 @@
 """What is shown to a person."""
 
+import dataclasses
 import io
 import re
 
@@ -9,11 +10,13 @@ import pytest
 import rich.console
 
 from lth_tf import masks, report
-from lth_tf.analysis import Winning
+from lth_tf.analysis import Point, Winning
+from lth_tf.analysis.comparison import Comparison
 from lth_tf.branches import BRANCHES
 from lth_tf.experiment import plan
+from lth_tf.report.comparison import comparison_figure, comparison_table
 from lth_tf.report.figure import COLOURS
-from lth_tf.report.tables import ARMS
+from lth_tf.report.tables import ARMS, bench_table
 from lth_tf.scopes import SCOPES
 from lth_tf.spec import Spec
 
@@ -100,11 +103,10 @@ def test_plan_of_tickets_picked_before_training(changes, pieces):
 
 @pytest.mark.parametrize("scope", ["layerwise", "global", "uniform", "erk"])
 def test_plan_tells_the_number_of_weights_that_the_scope_will_keep(scope):
-    for density in (0.135, 0.185, 0.9):  # where rounding in each kernel gives one more
+    # Where rounding in each kernel gives one more; uniform keeps the first kernel, of 1,280.
+    for density in (0.9, 0.85) if scope == "uniform" else (0.135, 0.185, 0.9):
         planned, text = plan_of(scope=scope, density=(density,))
         scores = {n: np.ones(s) for n, s in planned.shapes.items()}
-        if scope == "uniform":
-            scores = dict(reversed(scores.items()))  # its first kernel has to be a small one
         kept = masks.kept(SCOPES[scope](scores, density, min_per_layer=0))
         assert f"all 1,580 {kept:,} ({kept / 1580:.2%})" in text
 
@@ -226,3 +228,66 @@ def test_finish_prints_paths_as_they_are_and_in_one_line(tmp_path, rows):
     assert any(line.startswith(tickets) for line in lines)
     assert (f"{work}/summary.csv" in lines) == (f"{work}/figure.png" in lines) == bool(rows)
     assert (work / "figure.png").exists() == bool(rows)
+
+
+# Methods side by side.
+
+
+def test_comparison_shows_each_method_and_arm_at_each_density(tmp_path):
+    def point(arm, density, accuracies, level=1):
+        values = np.array(accuracies)
+        return Point(arm, level, density, tuple(range(len(values))), values * 0, values, values)
+
+    found = Comparison(
+        Spec(dataset="digits"),
+        point("ticket", 1.0, [0.9, 0.92], level=0),
+        {
+            "grasp": [point("ticket", 0.1, [0.8, 0.82]), point("ticket", 0.01, [0.1])],
+            "imp": [point("ticket", 0.1, [0.85]), point("shuffle", 0.1005, [0.7])],
+        },
+        [0.1, 0.01],
+    )
+    console = rich.console.Console(width=100, file=io.StringIO())
+    console.print(comparison_table(found))
+    lines = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
+    first = lines.index(["method", "arm", "0.1", "0.01"])
+    assert lines[first + 2 :] == [
+        ["dense", "91.00", "±1.41", "91.00", "±1.41"],
+        ["grasp", "ticket", "81.00", "±1.41", "10.00"],
+        ["imp", "ticket", "85.00"],
+        ["shuffled", "70.00"],
+    ]
+    comparison_figure(found, tmp_path / "a.png")
+    comparison_figure(found, tmp_path / "b.png")
+    content = (tmp_path / "a.png").read_bytes()
+    assert content[:4] == b"\x89PNG" and content == (tmp_path / "b.png").read_bytes()
+    without = dataclasses.replace(found, dense=None, methods={"imp": found.methods["imp"]})
+    comparison_figure(without, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes() != content
+
+
+def test_bench_tables_show_what_was_measured():
+    console = rich.console.Console(width=100, file=io.StringIO())
+    names = ["nothing", "gradient", "grasp"]
+    console.print(
+        bench_table(
+            {
+                "model": "vgg19", "samples": 100,
+                "seconds_by_name": {"gradient": 2.0, "grasp": 7.0},
+                "ratio_seconds": {"gradient": 1.0, "grasp": 3.5},
+                "peak_memory_mb": dict(zip(names, (1000.0, 2000.0, 3500.0), strict=True)),
+                "above_model_mb": dict(zip(names, (0.0, 1000.0, 2500.0), strict=True)),
+            }
+        )
+    )  # fmt: skip
+    console.print(
+        bench_table(
+            {
+                "model": "conv4", "dataset": "cifar10", "ratio_fit": 1.25,
+                "steps_per_second": {"lth_tf": 7.25, "fit": 1234.0},
+            }
+        )
+    )  # fmt: skip
+    text = console.file.getvalue()
+    for words in ("3.50x", "2,500", "2.50x", "7.2", "1,234", "1.25x"):
+        assert words in text

@@ -173,17 +173,11 @@ class OwnNormalization(layers.Layer):
         return (x - mean) / tf.sqrt(variance + 0.1)
 
 
-@pytest.mark.parametrize("layer", [layers.LayerNormalization, OwnNormalization])
-def test_other_layers_with_the_fault_are_refused_by_grasp_and_fine_for_snip(layer):
+def test_a_layer_of_ones_own_with_the_fault_is_refused_by_grasp_and_fine_for_snip():
     model = keras.Sequential(
-        [
-            keras.Input((4, 4, 2), dtype="float64"),
-            layers.Conv2D(4, 3, dtype="float64"),
-            layer(dtype="float64"),
-            layers.Flatten(dtype="float64"),
-            layers.Dense(2, dtype="float64"),
-        ]
-    )
+        [keras.Input((4, 4, 2)), layers.Conv2D(4, 3), OwnNormalization(), layers.Flatten(),
+         layers.Dense(2)]
+    )  # fmt: skip
     x, y = X[:, :4, :4], Y % 2
     with pytest.raises(UserError, match=r"tf.nn.moments .*StopGradient"):
         score(model, "grasp", [(x, y)])
@@ -527,7 +521,7 @@ BAD = {
     "labels beyond the outputs": (net, [(X, Y + 1)], "labels range from 1 to 3"),
     "negative labels": (net, [(X, Y - 1)], "labels range from -1"),
     "one-hot labels": (net, [(X, np.eye(3)[Y])], "argmax"),
-    "labels of another number": (net, [(X, Y[:5])], "12 images but 5 labels"),
+    "labels of another number": (net, [(X, Y[:5])], r"\[12, 6, 6, 2\] but 5 labels"),
     "no batches": (net, None, "needs batches"),
     "empty batches": (net, [], "batch is empty"),
     "a loss that is not finite": (net, [(X * np.nan, Y)], "the loss of model .* is nan"),
@@ -674,3 +668,187 @@ def test_random_scores_are_uniform_and_follow_the_seed():
     assert same(one, SCORERS["random"](None, kernels)) and not same(one, two)
     flat = np.concatenate([s.ravel() for s in one.values()])
     assert 0 <= flat.min() and flat.max() < 1 and abs(flat.mean() - 0.5) < 0.01
+
+
+# --- What people's models have ---
+
+
+class Helped(keras.Model):
+    """Its call goes through a tf.function, which keeps what it was traced with."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.a, self.b = layers.Flatten(), layers.Dense(4, "tanh"), layers.Dense(3)
+
+    @tf.function
+    def features(self, x):
+        return self.a(self.flat(x))
+
+    def call(self, x):
+        return self.b(self.features(x))
+
+
+@pytest.mark.parametrize("traced_before", [True, False])
+def test_a_tf_function_inside_a_model_is_seen_through_and_left_alone(traced_before):
+    model, plain = Helped(), Helped()
+    for m in (model, plain):
+        m(X[:2])
+    plain.features = plain.features.python_function
+    pruning.assign(plain, state(model))
+    if traced_before:
+        model(X)
+    for scorer in ("grasp", "snip", "synflow"):
+        assert error(score(model, scorer, [(X, Y)]), score(plain, scorer, [(X, Y)])) < 1e-6
+    assert np.allclose(model(X), plain(X), atol=1e-6) and model(X[:2]).shape == (2, 3)
+    assert not tf.config.functions_run_eagerly()
+
+
+def test_normalization_that_a_functional_model_calls_with_training_false_stays_so():
+    base = keras.Sequential(
+        [keras.Input((6, 6, 2)), layers.Conv2D(3, 3), layers.BatchNormalization()]
+    )
+    x = keras.Input((6, 6, 2))
+    h = layers.Activation("softplus")(base(x, training=False))
+    model = keras.Model(x, layers.Dense(3)(layers.Flatten()(h)))
+    assert same(
+        score(model, "grasp", [(X, Y)], batch_norm="train"),
+        score(model, "grasp", [(X, Y)], batch_norm="eval"),
+    )
+
+
+def test_layer_normalization_is_kerass_and_its_second_derivative_right():
+    """Against a network in float64 in which it is written by hand."""
+    model = keras.Sequential(
+        [keras.Input((72,)), layers.Dense(5, "tanh"), layers.LayerNormalization(), layers.Dense(3)]
+    )
+    rng = np.random.default_rng(0)
+    for v in model.variables:
+        v.assign(rng.normal(size=v.shape))
+    flat = X.reshape(12, 72).astype(np.float32)
+    ours = Network(model)([v.numpy() for v in pruning.kernels(model).values()], flat)
+    assert np.abs(ours - model(flat)).max() < 1e-5
+    w1, b1, gamma, beta, w2, b2 = (tf.constant(v.numpy(), tf.float64) for v in model.weights)
+    with tf.GradientTape() as outer:
+        outer.watch([w1, w2])
+        with tf.GradientTape() as inner:
+            inner.watch([w1, w2])
+            h = tf.tanh(tf.constant(flat, tf.float64) @ w1 + b1)
+            centred = h - tf.reduce_mean(h, -1, keepdims=True)
+            h = centred / tf.sqrt(tf.reduce_mean(centred**2, -1, keepdims=True) + 1e-3)
+            losses = LOSSES["cross_entropy"](Y, ((h * gamma + beta) @ w2 + b2) / 200)
+            loss = tf.reduce_mean(losses)
+        gradients = inner.gradient(loss, [w1, w2])
+        along = tf.add_n([tf.reduce_sum(g * tf.stop_gradient(g)) for g in gradients])
+    products = outer.gradient(along, [w1, w2])
+    names = pruning.kernels(model)
+    wanted = {
+        n: (w * h).numpy() for n, w, h in zip(names, (w1, w2), products, strict=True)
+    }
+    assert error(score(model, "grasp", [(flat, Y)]), wanted) < 1e-4
+
+
+def test_synflow_in_float64_with_what_was_built_in_float32():
+    """Scaled images, a sum with the input, normalisations: Keras fixes the dtype of each."""
+    x = keras.Input((6, 6, 2))
+    scaling = layers.Normalization()
+    scaling.adapt(X)
+    h = layers.Flatten()(layers.Rescaling(2.0, offset=-1.0)(scaling(x)))
+    h = layers.LayerNormalization()(h + layers.Dense(72, "relu")(h))
+    model = keras.Model(x, layers.Dense(3)(h))
+    scores = score(model, "synflow")
+    assert all(s.dtype == np.float64 and s.any() for s in scores.values())
+
+
+def test_what_was_lost_or_kept_by_activity_regularizers_is_as_before():
+    model = keras.Sequential(
+        [keras.Input((6, 6, 2)), layers.Flatten(), layers.Dense(3, activity_regularizer="l2")]
+    )
+    model(X)
+    before = [float(x) for x in model.losses]
+    score(model, "snip", [(X, Y)])
+    assert [float(x) for x in model.losses] == before and before[0] > 0
+
+
+def test_fit_goes_on_as_if_nothing_had_been_scored():
+    histories = []
+    for scored in (False, True):
+        model = net("float32")
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        first = model.fit(X, Y, verbose=0, shuffle=False).history["loss"]
+        for scorer in SCORERS if scored else ():
+            score(model, scorer, [(X, Y)])
+        histories.append(first + model.fit(X, Y, verbose=0, shuffle=False).history["loss"])
+    assert histories[0] == histories[1]
+
+
+def test_a_fixed_batch_size_is_kept_to():
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(12, 6, 12)), layers.SimpleRNN(5), layers.Dense(3)]
+    )
+    for scorer in SCORERS:
+        assert score(model, scorer, [(X.reshape(12, 6, 12), Y)])
+
+
+def two_outputs():
+    x = keras.Input((6, 6, 2))
+    h = layers.Flatten()(x)
+    return keras.Model(x, [layers.Dense(3)(h), layers.Dense(3)(h)])
+
+
+def softmax_twice():
+    x = keras.Input((6, 6, 2))
+    softmax = layers.Activation("softmax")
+    h = softmax(layers.Dense(3)(layers.Flatten()(x)))
+    return keras.Model(x, softmax(layers.Dense(3)(h)))
+
+
+class Counting(layers.Layer):
+    def build(self, shape):
+        self.n = self.add_weight("n", [], trainable=False, initializer="zeros")
+        self.w = [self.add_weight("w", [2])]
+
+    def call(self, x):
+        self.n.assign_add(1)
+        return x * self.w[0]
+
+
+def counting():
+    return keras.Sequential(
+        [keras.Input((6, 6, 2)), Counting(), layers.Flatten(), layers.Dense(3)]
+    )
+
+
+def stateful():
+    return keras.Sequential(
+        [keras.Input(batch_shape=(12, 6, 12)), layers.SimpleRNN(5, stateful=True), layers.Dense(3)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "scorer", "batches", "message"),
+    [
+        (two_outputs, "snip", [(X, Y)], "puts out 2 tensors"),
+        (softmax_twice, "snip", [(X, Y)], "ends in a softmax"),
+        (softmax_twice, "synflow", None, "nothing flows .* end in a softmax"),
+        (counting, "snip", [(X, Y)], "cannot be computed .*assign_add"),
+        (counting, "synflow", None, "'counting/w' is held in a list or dict"),
+        (stateful, "snip", [(X.reshape(12, 6, 12), Y)], "is stateful"),
+        (net, "snip", (X, Y), r"give \[\(images, labels\)\]"),
+        (net, "snip", tf.data.Dataset.from_tensor_slices((X, Y)), "not batched"),
+        (net, "snip", [(X[:, :5], Y)], "cannot be computed on these inputs in float64"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_in_one_sentence(make, scorer, batches, message):
+    with pytest.raises(UserError, match=message):
+        score(make(), scorer, batches)
+
+
+def test_a_loss_goes_by_its_name_and_a_pruned_model_is_not_pruned_from_the_start():
+    by_name = score(net(), "grasp", [(X, Y)], loss="squared_error")
+    assert same(by_name, score(net(), "grasp", [(X, Y)], loss=LOSSES["squared_error"]))
+    with pytest.raises(UserError, match="unknown loss 'squared'.*Did you mean 'squared_error'"):
+        score(net(), "grasp", [(X, Y)], loss="squared")
+    with pytest.raises(UserError, match="is pruned already"):
+        one_shot_mask(pruning.prune(net("float32")), "magnitude", density=0.5)
+    with pytest.raises(UserError, match="rounds 2.5"):
+        one_shot_mask(net(), "magnitude", density=0.5, rounds=2.5)

@@ -1,4 +1,4 @@
-"""lth-branch: controls run off the tickets of a workdir."""
+"""lth-branch: controls run off the tickets of a workdir; tickets not trained yet are, too."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Comparison:
       spec: of the first workdir.
       dense: the dense network, or None where no workdir trained it.
       methods: method ('grasp', ..., 'imp') -> its points, dense left out.
-      densities: where all methods are, from the highest on.
+      densities: where all methods have tickets, from the highest on.
     """
 
     spec: Spec
@@ -36,7 +36,7 @@ class Comparison:
     def at(self, method: str, arm: str, density: float) -> Point | None:
         """Returns the method's point of that arm at (nearly) that density."""
         for point in self.methods[method]:
-            if point.arm == arm and abs(point.density / density - 1) < NEAR:
+            if point.arm == arm and _near(point.density, density):
                 return point
         return None
 
@@ -49,8 +49,10 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
 
     Raises:
       UserError: they differ in more than how masks are found, two use the same method,
-        or one has no finished training.
+        one has no finished training, or there is no density that all have.
     """
+    if not found:
+        raise UserError("no workdirs given; there must be at least one")
     first = found[0][1]
     methods: dict[str, list[Point]] = {}
     dense: Point | None = None
@@ -68,33 +70,47 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
         for p in rows:
             if p.level == 0 and (dense is None or len(p.replicates) > len(dense.replicates)):
                 dense = p
-    fewest = min(methods.values(), key=lambda found: len({p.density for p in found}))
-    densities = sorted({round(p.density, 4) for p in fewest if p.arm == "ticket"}, reverse=True)
-    return Comparison(first, dense, methods, densities)
+    tickets = [sorted({p.density for p in m if p.arm == "ticket"}) for m in methods.values()]
+    common = [
+        d
+        for d in min(tickets, key=len)
+        if all(any(_near(other, d) for other in others) for others in tickets)
+    ]
+    if not common:
+        listed = "; ".join(
+            f"{method}: {', '.join(f'{d:.4g}' for d in found)}"
+            for method, found in zip(methods, tickets, strict=True)
+        )
+        raise UserError(f"there is no density at which all have tickets ({listed})")
+    return Comparison(first, dense, methods, sorted(common, reverse=True))
+
+
+def _near(a: float, b: float) -> bool:
+    return abs(a / b - 1) < NEAR
 
 
 def method_of(spec: Spec) -> str:
-    """Returns how a spec finds masks, e.g. 'grasp', 'grasp (absolute)', 'imp'."""
-    if spec.recipe == "imp":
-        return "imp" if spec.retrain == "rewind" else f"imp ({spec.retrain})"
-    extras = [
-        value
-        for value, usual in (
-            (getattr(spec, f"{spec.scorer}_variant", "paper"), "paper"),
-            (spec.scope, "global"),
-            (f"{spec.rounds} rounds", "None rounds"),
-        )
-        if value != usual
+    """Returns how a spec finds masks and where that is not the usual: 'grasp (rounds 9)'."""
+    usual = Spec(recipe=spec.recipe, scorer=spec.scorer, scope="global")
+    ignored = {"recipe", "scorer", "density", "dense", "levels", "target_density", *_TRAINING}
+    ignored |= {n for n in _NAMES if n.startswith("prune_fraction")}
+    changed = [
+        f"{n} {getattr(spec, n)}"
+        for n in _NAMES
+        if n not in ignored and getattr(spec, n) != getattr(usual, n)
     ]
-    return f"{spec.scorer} ({', '.join(extras)})" if extras else spec.scorer
+    name = "imp" if spec.recipe == "imp" else spec.scorer
+    return f"{name} ({', '.join(changed)})" if changed else name
 
 
-_OWN = {"recipe", "scope", "controls", "control_levels", "replicates", "histograms", "protect"}
-_SHARED = [
+_GROWS = {"controls", "control_levels", "replicates", "histograms"}
+_NAMES = [f.name for f in dataclasses.fields(Spec)]
+_TRAINING = [
     f.name
     for f in dataclasses.fields(Spec)
-    if f.name not in _OWN and "recipe" not in f.metadata
+    if "recipe" not in f.metadata and f.name not in {"recipe", "scope", "protect"}
 ]
+_SHARED = [name for name in _TRAINING if name not in _GROWS]
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:

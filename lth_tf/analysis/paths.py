@@ -10,7 +10,7 @@ import numpy as np
 from lth_tf import masks
 from lth_tf.compat import keras, tf
 from lth_tf.masks import Mask
-from lth_tf.scorers.network import Network
+from lth_tf.scorers.network import Network, passed_on
 
 
 def connected(model: Any, mask: Mask) -> Mask:
@@ -31,12 +31,14 @@ def connected(model: Any, mask: Mask) -> Mask:
     fixed: list[tuple[Any, str, Any]] = []
     for layer in model._flatten_layers():
         if isinstance(layer, _NORMALIZATION):
-            fixed.append((layer, "call", _passed_on))
+            fixed.append((layer, "call", passed_on))
         elif isinstance(layer, keras.layers.MaxPooling2D):
             fixed.append((layer, "call", _averaged(layer)))
         elif callable(getattr(layer, "activation", None)):
             fixed.append((layer, "activation", keras.activations.linear))
-    network = Network(model, dtype="float64", others=tf.zeros_like, fixed=fixed)
+    network = Network(
+        model, dtype="float64", others=tf.zeros_like, preprocessing=False, fixed=fixed
+    )
     shares = {
         name: m / max(1, int(m.reshape(-1, m.shape[-1]).sum(0, dtype=np.int64).max()))
         for name, m in mask.items()
@@ -72,10 +74,6 @@ _NORMALIZATION = (
     keras.layers.GroupNormalization,
     keras.layers.LayerNormalization,
 )
-
-
-def _passed_on(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-    return inputs
 
 
 def _averaged(layer: Any) -> Callable[[Any], Any]:

@@ -154,7 +154,8 @@ def bench_table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "loop" else "right")
     for name, rate in result["steps_per_second"].items():
         ratio = result.get(f"ratio_{name}")
-        table.add_row(name, f"{rate:,.0f}", f"{ratio:.2f}x" if ratio else "")
+        shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+        table.add_row(name, shown, f"{ratio:.2f}x" if ratio else "")
     return table
 
 

@@ -47,7 +47,7 @@ def score(
       batches: (images, int labels [n]) where the scorer looks at data; images as the model
         takes them. One batch is in the scorer's memory at a time; a sequence that makes its
         batches when asked for them need not hold all.
-      **options: the scorer's, e.g. temperature=200.0 for grasp.
+      **options: the scorer's, e.g. temperature=200.0 for grasp; a loss also by its name.
 
     Returns:
       Kernel name -> array of the kernel's shape, higher = keep.
@@ -95,20 +95,24 @@ def one_shot_mask(
       Kernel name -> uint8 array.
 
     Raises:
-      UserError: see `score` and `scopes`.
+      UserError: see `score` and `scopes`; or the model is pruned already.
     """
     function, choose = _with_options(scorer, options), SCOPES[scope]
     pruning.require_model(model)
-    with pruning.plain(model) as plain:
-        initial, reused, kept = _values(plain), Reused(plain), _kept(batches)
-        mask: Mask | None = None
-        rounds = ROUNDS.get(scorer, 1) if rounds is None else rounds
-        for at in schedules.round_densities(density, rounds, schedule):
-            now = initial if mask is None else masks.apply(mask, initial)
-            scores = function(reused, now, kept, **options)
-            if transform:
-                scores = {name: transform(s) for name, s in scores.items()}
-            mask = choose(scores, at, within=mask, min_per_layer=min_per_layer)
+    if pruning.is_pruned(model):
+        raise UserError(
+            f"model {model.name!r} is pruned already, and one_shot_mask starts from a dense one; "
+            "to prune it further rank score(model, ...) within=get_mask(model)"
+        )
+    initial, reused, kept = _values(model), Reused(model), _kept(batches)
+    mask: Mask | None = None
+    rounds = ROUNDS.get(scorer, 1) if rounds is None else rounds
+    for at in schedules.round_densities(density, rounds, schedule):
+        now = initial if mask is None else masks.apply(mask, initial)
+        scores = function(reused, now, kept, **options)
+        if transform:
+            scores = {name: transform(s) for name, s in scores.items()}
+        mask = choose(scores, at, within=mask, min_per_layer=min_per_layer)
     assert mask is not None
     return mask
 
@@ -123,6 +127,7 @@ def _kept(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
 
 
 def _with_options(scorer: str, options: dict[str, Any]) -> Scorer:
+    """The scorer; its options are checked, and a loss that is given by name looked up."""
     function = SCORERS[scorer]
     parameters = inspect.signature(function).parameters
     known = [name for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY]
@@ -131,4 +136,6 @@ def _with_options(scorer: str, options: dict[str, Any]) -> Scorer:
             raise UserError(
                 f"scorer {scorer!r} has no option {name!r}; it has: {', '.join(known) or 'none'}"
             )
+    if isinstance(options.get("loss"), str):
+        options["loss"] = LOSSES[options["loss"]]
     return function

@@ -38,23 +38,26 @@ class Reused:
 class Network:
     """A plain Keras model as a function (kernels, images) -> logits, and its derivatives.
 
-    Dropout is off. A softmax at the end is left out. BatchNormalization is computed here:
-    with `batch_norm="train"` from the statistics of the batch, with "eval" (and where the
-    layer is frozen) from the moving ones, which are never updated.
+    Dropout and noise are off. A softmax at the end is left out. BatchNormalization is computed
+    here: with `batch_norm="train"` from the statistics of the batch, with "eval" (and where
+    the layer is frozen, or a functional model calls it with training=False) from the moving
+    ones, which are never updated.
 
     Keras' own layer would not do, because `tf.nn.moments` stops the gradient through the mean
     inside the variance: right for the gradient, where that term is zero, wrong for the
-    Hessian.
+    Hessian. LayerNormalization is computed here for the same reason.
 
     Args:
       model: a plain model or `Reused`.
       dtype: 'float32' or 'float64'; by default float64 for a float64 model, else float32.
       batch_norm: 'train' or 'eval'.
       others: what to make of the weights that are not kernels: tensor -> tensor.
+      preprocessing: False leaves out layers that scale the images.
       fixed: further attributes of layers to replace: (layer, attribute, value).
 
     Raises:
-      UserError: a layer normalises by batches in a way that is not known here.
+      UserError: a layer normalises by batches in a way that is not known here, keeps a
+        state, or holds weights where they cannot be replaced.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Network:
         dtype: str | None = None,
         batch_norm: str = "eval",
         others: Callable[[Any], Any] = tf.identity,
+        preprocessing: bool = True,
         fixed: Sequence[tuple[Any, str, Any]] = (),
     ):
         if batch_norm not in ("train", "eval"):
@@ -82,15 +86,36 @@ class Network:
             for attribute, value in vars(layer).items()
             if isinstance(value, tf.Variable) and id(value) in names
         ]
+        self._require_places(variables)
         self._fixed: list[tuple[Any, str, Any]] = []
         policy = keras.mixed_precision.Policy(self.dtype.name)
+        frozen = _frozen(model)
         for layer in layers:
             self._fixed += [
                 (layer, "_dtype_policy", policy),
                 (layer, "_compute_dtype_object", self.dtype),
+                (layer, "_losses", []),
+                (layer._thread_local, "_eager_losses", []),
             ]
+            call: Any = None
+            if getattr(layer, "stateful", False) and isinstance(layer, keras.layers.RNN):
+                raise UserError(
+                    f"layer {layer.name!r} is stateful: a score would change its state; build the "
+                    "model with stateful=False"
+                )
             if isinstance(layer, keras.layers.BatchNormalization):
-                self._fixed.append((layer, "call", _batch_norm(layer, batch_norm == "train")))
+                train = batch_norm == "train" and layer.trainable and id(layer) not in frozen
+                call = _batch_norm(layer, train)
+            elif type(layer) is keras.layers.LayerNormalization:
+                call = _layer_norm(layer)
+            elif isinstance(layer, _NOISE) or (
+                isinstance(layer, _PREPROCESSING) and not preprocessing
+            ):
+                call = passed_on
+            if call:
+                self._fixed.append((layer, "call", call))
+            if self.dtype == tf.float64 and getattr(layer, "_is_graph_network", False):
+                self._fixed.append((layer, "_conform_to_reference_input", self._conform(layer)))
         self._fixed += [*_without_softmax(model), *fixed]
         self._gradient = tf.function(self._gradient_of)
         self._product = tf.function(self._product_of)
@@ -115,7 +140,7 @@ class Network:
         values = dict(zip(self.kernels, kernels, strict=True))
         values |= {n: self._change(self._cast(v.read_value())) for n, v in self.others.items()}
         places = [(layer, attribute, values[name]) for layer, attribute, name in self._places]
-        with replaced([*places, *self._fixed]):
+        with replaced([*places, *self._fixed]), _inlined():
             return self.model(tf.nest.map_structure(self._cast, images), training=False)
 
     def gradient(
@@ -176,7 +201,8 @@ class Network:
         Raises:
           UserError: R is not finite, or no one tells the shape.
         """
-        total, flow = self._flow(self._values(kernels), self._ones(batches))
+        with self._explained():
+            total, flow = self._flow(self._values(kernels), self._ones(batches))
         if not np.isfinite(total):
             raise UserError(
                 f"the flow through model {self.model.name!r} is {float(total)}: too many layers "
@@ -189,6 +215,51 @@ class Network:
     def _cast(self, value: Any) -> Any:
         value = tf.convert_to_tensor(value)
         return tf.cast(value, self.dtype) if value.dtype.is_floating else value
+
+    def _require_places(self, variables: Mapping[str, Any]) -> None:
+        placed = {name for _, _, name in self._places}
+        same = self._change is tf.identity
+        for name, v in variables.items():
+            if name not in placed and v.dtype.is_floating and not (same and v.dtype == self.dtype):
+                raise UserError(
+                    f"weight {name!r} is held in a list or dict of its layer, where it cannot be "
+                    f"replaced by one in {self.dtype.name}: make it an attribute of the layer"
+                )
+
+    def _conform(self, functional: Any) -> Callable[..., Any]:
+        """Keras casts the inputs of a functional model to the dtype that it was built with."""
+
+        def conform(tensor: Any, ref_input: Any) -> Any:
+            found = type(functional)._conform_to_reference_input(functional, tensor, ref_input)
+            if not found.dtype.is_floating:
+                return found
+            return tf.ensure_shape(tf.reshape(self._cast(tensor), tf.shape(found)), found.shape)
+
+        return conform
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Within, a model that cannot be computed is a UserError, not what Keras makes of it."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # autograph and Keras wrap what layers raise in their own
+            text = str(error)
+            if found := re.search(r"gradient registry has no entry for: (\w+)", text):
+                raise UserError(
+                    f"model {self.model.name!r} has no second derivative: TensorFlow cannot "
+                    f"differentiate {found[1]}; use --scorer=snip"
+                ) from error
+            if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
+                raise
+            frame = ("in user code", "File ", "Call arguments", "Exception encountered")
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line for line in lines if not line.startswith(frame)]
+            raise UserError(
+                f"model {self.model.name!r} cannot be computed on these inputs in "
+                f"{self.dtype.name}: {type(error).__name__}: {' '.join(lines)[:300]}"
+            ) from error
 
     def _values(self, kernels: Mapping[str, Any]) -> list[Any]:
         return [tf.cast(tf.convert_to_tensor(kernels[n]), self.dtype) for n in self.kernels]
@@ -204,7 +275,9 @@ class Network:
             shapes = tf.nest.map_structure(lambda x: np.shape(x)[1:], next(iter(batches))[0])
             return tf.ones((1, *shapes), self.dtype)
         (inputs, *_), _ = specs
-        return tf.nest.map_structure(lambda x: tf.ones((1, *x.shape[1:]), self.dtype), inputs)
+        return tf.nest.map_structure(
+            lambda x: tf.ones((x.shape[0] or 1, *x.shape[1:]), self.dtype), inputs
+        )
 
     def _flow_of(self, values: list, ones: Any) -> tuple[Any, list]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -245,15 +318,8 @@ class Network:
         labels = self._fitting(values, images, labels)
         numbers = tf.constant(weight, self.dtype), loss, tf.constant(temperature, self.dtype)
         arguments = values, images, labels, *numbers, *vector
-        try:
+        with self._explained():
             value, result = function(*arguments)
-        except Exception as error:  # autograph hides LookupError in one of its own
-            if found := re.search(r"gradient registry has no entry for: (\w+)", str(error)):
-                raise UserError(
-                    f"model {self.model.name!r} has no second derivative: TensorFlow cannot "
-                    f"differentiate {found[1]}; use --scorer=snip"
-                ) from error
-            raise
         if function is self._product:
             self._refuse_moments(function.get_concrete_function(*arguments).graph)
         if missing := [n for n, r in zip(self.kernels, result, strict=True) if r is None]:
@@ -276,11 +342,23 @@ class Network:
                 f"labels must be whole numbers of shape [n], not {labels.dtype} of shape "
                 f"{list(labels.shape)}; turn one-hot labels into numbers with argmax"
             )
-        if (count := tf.nest.flatten(images)[0].shape[0]) != len(labels):
-            raise UserError(f"a batch has {count} images but {len(labels)} labels")
+        shape = tf.nest.flatten(images)[0].shape
+        if shape.rank == 0 or shape[0] != len(labels):
+            raise UserError(
+                f"a batch has images of shape {list(shape)} but {len(labels)} labels; it must be "
+                "(images [n, ...], labels [n])"
+            )
         if not self._classes:
-            few = tf.nest.map_structure(lambda x: x[:8], images)
-            logits = self(values, few).numpy()
+            any_number = all(x.shape[0] is None for x in getattr(self.model, "inputs", None) or ())
+            few = tf.nest.map_structure(lambda x: x[:8], images) if any_number else images
+            with self._explained():
+                found = self(values, few)
+            if not tf.is_tensor(found):
+                raise UserError(
+                    f"model {self.model.name!r} puts out {len(tf.nest.flatten(found))} tensors; "
+                    "scores need one, the logits"
+                )
+            logits = found.numpy()
             if logits.ndim != 2 or logits.shape[1] < 2:
                 raise UserError(
                     f"model {self.model.name!r} puts out {list(logits.shape)}; scores need logits "
@@ -302,13 +380,16 @@ class Network:
 
     def _refuse_moments(self, graph: Any) -> None:
         for op in graph.get_operations():
-            if op.type == "StopGradient" and any(
+            # Those in the gradient of a fused normalisation are in their place.
+            forward = not op.name.startswith("gradient_tape")
+            if forward and op.type == "StopGradient" and any(
                 c.type == "SquaredDifference" for c in op.outputs[0].consumers()
             ):
                 raise UserError(
                     f"model {self.model.name!r} takes moments with tf.nn.moments ({op.name}), "
                     "whose second derivative is wrong in TensorFlow: it stops the gradient through "
-                    "the mean; use BatchNormalization, which is handled, or --scorer=snip"
+                    "the mean; use BatchNormalization or LayerNormalization, which are computed "
+                    "without it, or --scorer=snip"
                 )
 
 
@@ -340,7 +421,16 @@ class _Parts:
         if batches is None:
             raise UserError("this scorer needs batches: an iterable of (images, labels)")
         self.batches = batches
-        self.sizes = [len(labels) for _, labels in batches]
+        self.sizes = []
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise UserError(
+                    f"a batch is (images, labels), not {type(batch).__name__}; for a single one "
+                    "give [(images, labels)]"
+                )
+            if not np.ndim(batch[1]):
+                raise UserError("labels must have the shape [n]; is the tf.data set not batched?")
+            self.sizes.append(len(batch[1]))
         if not all(self.sizes) or not self.sizes:
             raise UserError("a batch is empty: scores need at least one example in each")
         self.summed = summed
@@ -380,7 +470,7 @@ def _batch_norm(layer: Any, train: bool) -> Callable[..., Any]:
         zeros = tf.zeros_like(layer.moving_mean)
         gamma = spread(zeros + 1 if layer.gamma is None else layer.gamma)
         beta = spread(zeros if layer.beta is None else layer.beta)
-        if not (train and layer.trainable):
+        if not train:
             factor = gamma * tf.math.rsqrt(spread(layer.moving_variance) + layer.epsilon)
             return inputs * factor + (beta - spread(layer.moving_mean) * factor)
         axes = [i for i in range(rank) if i not in kept]
@@ -391,14 +481,73 @@ def _batch_norm(layer: Any, train: bool) -> Callable[..., Any]:
     return call
 
 
+def _layer_norm(layer: Any) -> Callable[..., Any]:
+    """What replaces a LayerNormalization's `call`."""
+
+    @tf.autograph.experimental.do_not_convert
+    def call(inputs: Any) -> Any:
+        rank = len(inputs.shape)
+        axes = sorted(axis % rank for axis in tf.nest.flatten(layer.axis))
+        shape = [inputs.shape[i] if i in axes else 1 for i in range(rank)]
+        centred = inputs - tf.reduce_mean(inputs, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
+        outputs = centred * tf.math.rsqrt(variance + layer.epsilon)
+        if layer.scale:
+            outputs *= tf.reshape(layer.gamma, shape)
+        return outputs + tf.reshape(layer.beta, shape) if layer.center else outputs
+
+    return call
+
+
+_NOISE = (
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+)
+_PREPROCESSING = keras.layers.Normalization, keras.layers.Rescaling
+
+
+def passed_on(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+    """A layer's `call` that does nothing."""
+    return inputs
+
+
+def _frozen(model: Any) -> set[int]:
+    """Ids of the layers that a functional model, or one inside, calls with training=False."""
+    if not getattr(model, "_is_graph_network", False):
+        return set()
+    found: set[int] = set()
+    for layer in model.layers:
+        if any(node.call_kwargs.get("training") is False for node in layer._inbound_nodes):
+            found |= {id(x) for x in layer._flatten_layers()}
+        elif isinstance(layer, keras.Model):
+            found |= _frozen(layer)
+    return found
+
+
+@contextlib.contextmanager
+def _inlined() -> Iterator[None]:
+    """Within, a tf.function that a layer calls is traced anew, with what the layer has now.
+
+    It would keep the tensors that it sees, and has kept the variables that it saw before.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
 def _without_softmax(model: Any) -> list[tuple[Any, str, Any]]:
     """What makes a functional or Sequential model that ends in a softmax put out its logits."""
     while isinstance(model, keras.Model) and getattr(model, "outputs", None):
         if len(model.outputs) != 1:
             return []
         last = model.outputs[0]._keras_history.layer
-        if last is model:
-            return []
+        if last is model or len(last._inbound_nodes) > 1 and not isinstance(last, keras.Model):
+            return []  # used elsewhere, too: not only the end
         model = last
     if isinstance(model, keras.layers.Softmax):
         return [(model, "call", lambda inputs, mask=None: inputs)]

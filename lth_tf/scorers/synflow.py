@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lth_tf.compat import tf
+from lth_tf.errors import UserError
 from lth_tf.masks import Scores
 from lth_tf.scorers.network import Network
 
@@ -16,9 +17,10 @@ def synflow(model: Any, kernels: Mapping[str, Any], batches: Any = None) -> Scor
     """Returns |w| * dR/d|w|, R the sum of the outputs for an image of ones (section 6).
 
     All parameters are taken by their absolute values, BatchNormalization's moving
-    statistics too, which it uses. In a network that is homogeneous and has no biases, the
-    scores of every layer add up to R. In float64: with the fan-ins of a VGG-19 float32
-    overflows.
+    statistics too, which it uses; layers that scale images are left out. In a network that
+    is homogeneous and has no biases, the scores of every layer add up to R. In float64: with
+    the fan-ins of a VGG-19 float32 overflows. Queries and keys of attention score 0, since an
+    image of ones is the same everywhere.
 
     Args:
       model: a plain model.
@@ -29,7 +31,15 @@ def synflow(model: Any, kernels: Mapping[str, Any], batches: Any = None) -> Scor
       Kernel name -> float64 array of the kernel's shape.
 
     Raises:
-      UserError: the flow is not finite, or the shape of inputs is not known.
+      UserError: the flow is zero or not finite, or the shape of inputs is not known.
     """
-    network = Network.of(model, dtype="float64", batch_norm="eval", others=tf.abs)
-    return network.flow({n: np.abs(np.asarray(k)) for n, k in kernels.items()}, batches)
+    network = Network.of(model, dtype="float64", others=tf.abs, preprocessing=False)
+    values = {name: np.abs(np.asarray(kernel)) for name, kernel in kernels.items()}
+    scores = network.flow(values, batches)
+    whole = all(v.all() for v in values.values())  # a mask may cut the network, on purpose
+    if whole and not any(s.any() for s in scores.values()):
+        raise UserError(
+            f"nothing flows through model {network.model.name!r}: does it end in a softmax, begin "
+            "with a layer that makes ones negative?"
+        )
+    return scores
