@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -151,7 +152,9 @@ def score(spec: Spec, input_shape: tuple[int, ...], classes: int, rounds: int) -
             "bench.once(*map(json.loads, sys.argv[1:]))"
         )
         arguments = map(json.dumps, (name, spec.as_dict(), input_shape, classes))
-        peaks[name] = _child([sys.executable, "-c", child, *arguments])[1]
+        command = [sys.executable, "-c", child, *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        peaks[name] = float(done.stdout.split()[-1])
     return {
         "model": spec.model,
         "samples": spec.samples_per_class * classes,
@@ -166,10 +169,15 @@ def score(spec: Spec, input_shape: tuple[int, ...], classes: int, rounds: int) -
 
 
 def once(name: str, spec: dict[str, Any], input_shape: list[int], classes: int) -> None:
-    """Runs a contender of `score` twice: what a child process does whose memory is measured."""
+    """Runs a contender of `score` twice and prints the peak memory of this process in MB."""
     contender = _scorers(Spec.from_dict(spec), tuple(input_shape), classes)[name]
     for _ in range(2):
         contender()
+    try:  # what a parent sees of its child on Linux includes its own peak
+        with open("/proc/self/status") as file:
+            print(next(int(x.split()[1]) for x in file if x.startswith("VmHWM")) / 2**10)
+    except OSError:
+        print(_megabytes(resource.getrusage(resource.RUSAGE_SELF)))
 
 
 def _scorers(spec: Spec, input_shape: tuple[int, ...], classes: int) -> dict[str, Contender]:
@@ -255,4 +263,8 @@ def _child(command: list[str]) -> tuple[float, float]:
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} failed")
     taken = time.perf_counter() - began
-    return taken, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return taken, _megabytes(usage)
+
+
+def _megabytes(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
