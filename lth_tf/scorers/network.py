@@ -182,7 +182,8 @@ class Network:
         values, parts = self._values(kernels), _Parts(batches, summed)
         vector: list[Any] = []
         if len(parts.sizes) > 1:
-            vector = _sum(self._call(self._gradient, values, p, loss, temperature) for p in parts)
+            whole = _sum(self._call(self._gradient, values, p, loss, temperature) for p in parts)
+            vector = [tf.constant(whole.pop(0)) for _ in self.kernels]
         total = _sum(self._call(self._product, values, p, loss, temperature, vector) for p in parts)
         if not any(np.any(t) for t in total):
             raise UserError(
@@ -441,10 +442,16 @@ class _Parts:
 
 
 def _sum(each: Iterable[list]) -> list[np.ndarray]:
-    total: list[Any] = []
+    """Adds up lists of arrays in place, for they are as large as the model."""
+    total: list[np.ndarray] = []
     for values in each:
-        total = [a + b for a, b in zip(total, values, strict=True)] if total else values
-    return [np.asarray(t) for t in total]
+        if total:
+            for t, value in zip(total, values, strict=True):
+                t += np.asarray(value)
+        else:
+            total = [np.array(value) for value in values]
+        del values
+    return total
 
 
 def _batch_norm(layer: Any, train: bool) -> Callable[..., Any]:
