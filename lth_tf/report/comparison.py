@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import matplotlib.figure
@@ -14,7 +15,14 @@ from lth_tf.report.figure import density_axis, save
 from lth_tf.report.tables import ARMS
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = {
+    "imp": "#0072B2",
+    "grasp": "#D55E00",
+    "snip": "#009E73",
+    "synflow": "#CC79A7",
+    "magnitude": "#E69F00",
+    "random": "#56B4E9",
+}
 
 
 def comparison_table(found: Comparison) -> Table:
@@ -51,18 +59,21 @@ def comparison_figure(found: Comparison, path: Path) -> None:
     """
     arms = list(dict.fromkeys(p.arm for points in found.methods.values() for p in points))
     drawing = matplotlib.figure.Figure(figsize=(1 + 4.5 * len(arms), 4), layout="constrained")
+    others = [c for m, c in COLOURS.items() if m not in found.methods] + ["#000000", "#F0E442"]
+    unnamed = itertools.cycle(others)  # for variants such as 'grasp (rounds 100)'
+    colours = {m: COLOURS.get(m) or next(unnamed) for m in found.methods}
     panels = drawing.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for ax, arm in zip(panels, arms, strict=True):
         if found.dense:
             ax.axhline(
                 found.dense.test_accuracy_end.mean() * 100, color="0.4", ls="--", label="dense"
             )
-        for i, (method, points) in enumerate(found.methods.items()):
+        for method, points in found.methods.items():
             line = [p for p in points if p.arm == arm]
             if not line:
                 continue
             x, y = [p.density * 100 for p in line], [p.test_accuracy_end * 100 for p in line]
-            style = {"color": COLOURS[i % len(COLOURS)]}
+            style = {"color": colours[method]}
             ax.plot(x, [v.mean() for v in y], "o-", ms=4, label=method, **style)
             ax.fill_between(x, [v.min() for v in y], [v.max() for v in y], alpha=0.2, lw=0, **style)
         density_axis(ax)
