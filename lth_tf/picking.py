@@ -23,6 +23,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 _SCORING = 3  # a stream of random numbers; 1 and 2 are those of `feeds`
 
+
 def protected(spec: Spec, names: Iterable[str]) -> list[str]:
     """Returns which kernels `spec.protect` keeps out of pruning.
 
