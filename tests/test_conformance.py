@@ -22,8 +22,8 @@ from lth_tf.training import OPTIMIZERS, Trainer
 
 # The smallest images of the models that do not take 8x8 ones.
 SIDES = {"lenet5": 16, **{f"vgg{n}": 16 for n in (11, 13, 16, 19)}, "imagenet_vgg16": 32}
-# resnet20 with more of the same blocks: too slow to train here.
-DEEP = {"resnet44", "resnet56", "resnet110"}
+# More of the blocks that resnet20 has: too slow to train here.
+DEEP = {"resnet32", "resnet44", "resnet56", "resnet110", "imagenet_resnet18"}
 
 
 def tiny_model():

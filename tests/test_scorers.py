@@ -420,8 +420,8 @@ def test_synflow_does_not_overflow_where_float32_would():
 
 
 def test_synflow_alone_empties_no_layer_of_vgg16_down_to_one_in_ten_thousand():
-    """The pattern of Tanaka et al. 2020, figure 1: at which density a method cuts a VGG-16."""
-    model = MODELS["vgg16"]((32, 32, 3), 100, seed=0, init="kaiming_normal")
+    """The pattern of Tanaka et al. 2020, figure 1; at half width, with as many layers."""
+    model = MODELS["vgg16"]((32, 32, 3), 100, seed=0, init="kaiming_normal", width=0.5)
     rng = np.random.default_rng(0)
     batches = [(rng.normal(size=(20, 32, 32, 3)).astype(np.float32), np.arange(20))]
     mask = one_shot_mask(model, "synflow", density=1e-4, rounds=100)
