@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 WORKDIR := $(or $(WORKDIR),runs/digits_lenet_imp)
 
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 help:
 	@echo 'make demo    find winning tickets of a small network on the digits set'
 	@echo '             (WORKDIR=$(WORKDIR))'
-	@echo 'make test    run the tests (PYTEST_ARGS="-k masks -x")'
+	@echo 'make test    run the tests, JOBS=$(JOBS) at a time (PYTEST_ARGS="-k masks -x")'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make clean   remove what builds and checks left behind; keeps $(VENV)/ and runs/'
@@ -26,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/lth-imp --preset=digits_lenet_imp --workdir=$(WORKDIR)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
