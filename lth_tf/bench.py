@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import feeds, masks, models, pruning
+from lth_tf import distribution, feeds, masks, models, pruning
 from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
@@ -28,6 +29,7 @@ from lth_tf.spec import Spec
 from lth_tf.training import OPTIMIZERS, Trainer, initial_weights, policy
 
 DENSITY = 0.2
+SCALE_DENSITIES = 1.0, 0.2, 0.05
 Contender = Callable[[], None]
 
 
@@ -123,6 +125,80 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     for name in ("fit", "fit_100", "tfmot_fit"):
         ratios = [b / a for a, b in zip(seconds["lth_tf"], seconds[name], strict=True)]
         result[f"ratio_{name}"] = statistics.median(ratios)
+    return result
+
+
+def two_replicas(spec: Spec) -> Spec:
+    """Returns the spec on two devices, which it makes of a CPU where nothing is computed yet."""
+    two = dataclasses.replace(spec, distribute="mirrored", devices=2, compile="off")
+    return distribution.resolve(two)
+
+
+def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
+    """Compares one replica with two, which add up all of their gradients or what a mask keeps.
+
+    Without GPUs the two are logical CPUs on the same cores, so that what two replicas
+    gain is not to be seen there; what packing gains or costs is.
+
+    Args:
+      spec: model, optimizer, batch size, precision.
+      dataset: images and labels.
+      steps: how many each contender does per round.
+      rounds: how often.
+
+    Returns:
+      steps_per_second and bytes_per_step by name (replicas, way, density); ratio_packed
+      by density, the median over rounds of packed over plain speed; payload, the
+      bytes of packed over those of the kept entries and the other trainable weights alone.
+    """
+    alone = dataclasses.replace(spec, distribute="none", devices=None, compile="off")
+    one = Trainer(alone, dataset)
+    trainers = {"1": one}
+    for way in ("plain", "packed"):
+        trainers[f"2 {way}"] = Trainer(
+            dataclasses.replace(two_replicas(spec), communication=way), dataset
+        )
+    weights, kernels = initial_weights(spec, one.input_shape, one.classes, spec.seed)
+    scores = SCORERS["magnitude"](None, {name: weights[name] for name in kernels})
+    trainable = {id(v) for v in one.model.trainable_variables}
+    width = 8 if spec.precision == "float64" else 4
+    others = sum(
+        weights[name].size
+        for name, v in pruning.weights(one.model).items()
+        if id(v) in trainable and name not in kernels
+    )
+    result: dict[str, Any] = {
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "batch_size": spec.batch_size,
+        "steps_per_second": {},
+        "bytes_per_step": {},
+        "ratio_packed": {},
+        "payload": {},
+    }
+    block = min(CHUNK, spec.eval_every)
+    for density in SCALE_DENSITIES:
+        mask = SCOPES["layerwise"](scores, density)
+
+        def of(trainer: Trainer, mask: dict = mask) -> Contender:
+            trainer.train(masks.apply(mask, weights), mask, 0, 0)  # puts them in
+
+            def run() -> None:
+                for step in range(0, steps, block):
+                    trainer.advance(step, min(step + block, steps), spec.seed)
+
+            return run
+
+        seconds = alternate({name: of(trainer) for name, trainer in trainers.items()}, rounds)
+        for name, values in seconds.items():
+            key = f"{name}, density {density:g}"
+            result["steps_per_second"][key] = steps / statistics.median(values)
+            result["bytes_per_step"][key] = trainers[name].reduction.bytes(mask)
+        ratios = zip(seconds["2 plain"], seconds["2 packed"], strict=True)
+        result["ratio_packed"][f"{density:g}"] = statistics.median(a / b for a, b in ratios)
+        least = width * (sum(int(np.count_nonzero(m)) for m in mask.values()) + others)
+        packed = trainers["2 packed"].reduction.bytes(mask)
+        result["payload"][f"{density:g}"] = packed / least
     return result
 
 

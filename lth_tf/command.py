@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import rich.console
 
-from lth_tf import datasets, experiment, report
+from lth_tf import datasets, distribution, experiment, report
 from lth_tf.callbacks.progress import Progress
+from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
 
@@ -27,16 +30,45 @@ def run(
       data_dir: folder of the data sets.
       workdir: folder for everything it writes (default: named after the spec, in runs/).
       plan_only: stop after the plan.
-      **options: the recipe's, e.g. score_only.
+      **options: the recipe's, e.g. score_only, trunk.
     """
-    console, data = rich.console.Console(), datasets.load(spec.dataset, data_dir)
+    console = rich.console.Console()
+    if spec.distribute != "multi_worker" or plan_only:
+        _run(console, spec, data_dir, workdir, plan_only, options)
+        return
+    # First of all, for nothing may be computed before a process joins its cluster.
+    workers = distribution.workers_of(distribution.join(spec))
+    console.quiet = not workers.chief
+    try:
+        _run(console, spec, data_dir, workdir, plan_only, options, workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # TensorFlow would wait for the others at its exit, and they for this one.
+        os._exit(error.code)
+
+
+def _run(
+    console: rich.console.Console,
+    spec: Spec,
+    data_dir: str | None,
+    workdir: str | None,
+    plan_only: bool,
+    options: dict[str, Any],
+    workers: distribution.Workers | None = None,
+) -> None:
+    def load() -> Any:
+        return datasets.load(spec.dataset, data_dir)
+
+    data = workers.agree(load) if workers else load()
     planned = experiment.plan(spec, data.input_shape, data.classes)
     for part in report.plan_tables(planned, spec, options.get("score_only", False)):
         console.print(part, highlight=False)
     if plan_only:
         return
-    work = Path(workdir or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
+    name = f"{spec.dataset}_{spec.model}_{distribution.resolve(spec).digest()}"
+    work = Path(workdir or f"runs/{name}")
     rows = experiment.RECIPES[spec.recipe](
         spec, work, data, lambda p: Progress(console, p.steps), **options
     )
-    report.finish(console, rows, work, spec)
+    if workers is None or workers.chief:
+        report.finish(console, rows, work, spec)

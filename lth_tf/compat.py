@@ -55,12 +55,32 @@ with _quiet():
 
 PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
-__all__ = ["PruneLowMagnitude", "is_keras_3", "keras", "os_errors", "tf", "tfmot"]
+__all__ = ["PruneLowMagnitude", "heartbeats", "is_keras_3", "keras", "os_errors", "tf", "tfmot"]
 
 
 def is_keras_3(thing: object) -> bool:
     """Says whether an object's class comes from Keras 3, which this package cannot prune."""
     return any(c.__module__.split(".")[0] == "keras" for c in type(thing).__mro__)
+
+
+def heartbeats(workers: int, seconds: float) -> None:
+    """Has the workers of a cluster notice within `seconds` that one of them is gone.
+
+    Before the strategy is made; TensorFlow has no public setting for it.
+    """
+    from tensorflow.python.distribute import collective_all_reduce_strategy as strategies
+    from tensorflow.python.eager import context
+
+    job = strategies.coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=workers)
+    milliseconds = int(1000 * seconds)
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        cluster_register_timeout_in_ms=milliseconds,
+        heartbeat_timeout_in_ms=milliseconds,
+        shutdown_barrier_timeout_in_ms=milliseconds,
+        coordinated_jobs=[job],
+    )
 
 
 @contextlib.contextmanager

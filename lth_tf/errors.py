@@ -4,6 +4,8 @@
 class UserError(ValueError):
     """What was given, what is allowed and what to do, in one sentence.
 
-    The command-line tools print the message and exit with status 1; any other
+    The command-line tools print the message and exit with status `code`; any other
     exception is a fault of this package and keeps its traceback.
     """
+
+    code = 1

@@ -15,7 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import analysis, branches, masks, models, picking, pruning, schedules, storage
+from lth_tf import (
+    analysis,
+    branches,
+    checkpoints,
+    distribution,
+    masks,
+    models,
+    picking,
+    pruning,
+    schedules,
+    storage,
+    trunk,
+)
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.callbacks import Summaries
 from lth_tf.compat import os_errors
@@ -26,8 +38,9 @@ from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
-from lth_tf.training import Trainer, initial_weights
+from lth_tf.training import State, Trained, Trainer, initial_weights
 
+_TRAINED = "trained.safetensors"
 METRICS = (
     "step",
     "loss",
@@ -137,86 +150,192 @@ def _rates(spec: Spec, kinds: Mapping[str, str]) -> dict[str, float]:
 class Laboratory:
     """One workdir: trains tickets in folders, or reads what was trained there before.
 
+    Every worker has one, and calls the same methods; the chief's reads and writes the files.
+
     Args:
       spec: the experiment.
       workdir: its folder.
       dataset: images and labels.
-      progress: shown to the user; see `callbacks.progress.Progress`.
+      strategy: the replicas to train on.
+      asked: whether to stop, see `checkpoints.terminations`.
+      trunk: another workdir, with the same dense network; see `trunk.take`.
     """
 
-    def __init__(self, spec: Spec, workdir: Path, dataset: Dataset, progress: Any = None):
-        self.spec, self.workdir, self.progress = spec, workdir, progress
-        self.trainer = Trainer(spec, dataset)
+    def __init__(
+        self,
+        spec: Spec,
+        workdir: Path,
+        dataset: Dataset,
+        strategy: Any = None,
+        asked: Callable[[], bool] = lambda: False,
+        trunk: Path | None = None,
+    ):
+        self.spec, self.workdir, self.asked, self.trunk = spec, workdir, asked, trunk
+        self.progress: Any = None  # shown to the user; see `callbacks.progress.Progress`
+        self.trainer = Trainer(spec, dataset, strategy)
+        self.workers = self.trainer.workers
         self.plan = plan(spec, self.trainer.input_shape, self.trainer.classes)
         written = workdir / "summary.csv"
-        self.summary: list[dict[str, Any]] = read_csv(written) if written.exists() else []
+        known = self.workers.chief and written.exists()
+        self.summary: list[dict[str, Any]] = read_csv(written) if known else []
+
+    def say(self, text: str) -> None:
+        """Tells the user something, once."""
+        if self.progress:
+            self.progress.say(text)
+        elif self.workers.chief:
+            warnings.warn(text, stacklevel=3)
+
+    def write(self, do: Callable[[], Any]) -> None:
+        """Has the chief write something; that it cannot is raised everywhere."""
+
+        def done() -> tuple[dict, None]:
+            do()
+            return {}, None
+
+        self.workers.share(done)
 
     def ticket(self, folder: Path, make: Callable[[], Ticket]) -> Ticket:
         """Returns the folder's ticket; makes and saves it where there is none."""
         path = folder / "ticket.safetensors"
-        if path.exists():
-            ticket = load_ticket(path)
-            if ticket.spec.identity() != self.spec.identity():
-                raise UserError(
-                    f"{str(path)!r} is a ticket of another experiment; choose another --workdir"
-                )
-            return ticket
-        ticket = make()
-        ticket.save(path)
+        ticket = self._shared(lambda: self._own(path) if path.exists() else None)
+        if ticket is None:
+            made = make()
+            self.write(lambda: made.save(path))
+            ticket = self._shared(lambda: made)
+        assert ticket is not None
         return ticket
+
+    def _own(self, path: Path) -> Ticket:
+        ticket = load_ticket(path)
+        if ticket.spec.identity() != self.spec.identity():
+            raise UserError(
+                f"{str(path)!r} is a ticket of another experiment; choose another --workdir"
+            )
+        return ticket
+
+    def _shared(self, get: Callable[[], Ticket | None]) -> Ticket | None:
+        """What the chief gets, everywhere."""
+        if self.workers.count == 1:
+            return get()
+
+        def told() -> tuple[dict, Any]:
+            ticket = get()
+            if ticket is None:
+                return {}, None
+            arrays = {f"mask/{name}": m for name, m in ticket.mask.items()}
+            arrays |= {f"weights/{name}": w for name, w in ticket.weights.items()}
+            names = list(ticket.mask), list(ticket.weights)
+            return arrays, [*names, ticket.level, ticket.rewind_step, dict(ticket.origin)]
+
+        arrays, about = self.workers.share(told)
+        if about is None:
+            return None
+        kernels, names, level, step, origin = about
+        mask = {name: arrays[f"mask/{name}"] for name in kernels}
+        weights = {name: arrays[f"weights/{name}"] for name in names}
+        return Ticket(mask, weights, level, step, origin, self.spec)
+
+    def rewound(self, folder: Path) -> dict[str, np.ndarray]:
+        """Returns the weights at the rewind step, which the training in `folder` has saved."""
+        ticket = self._shared(lambda: load_ticket(folder / "rewind.safetensors"))
+        assert ticket is not None
+        return ticket.weights
 
     def train(self, folder: Path, ticket: Ticket, capture: int | None = None) -> dict:
         """Returns the weights that the ticket's training ended with; trains where needed.
 
-        Writes metrics.csv, TensorBoard logs, the weights at step `capture` as
-        rewind.safetensors, and last, as the mark that all is there, trained.safetensors.
+        Writes checkpoints, TensorBoard logs, the weights at step `capture` as
+        rewind.safetensors, metrics.csv, and last, as the mark that all is there,
+        trained.safetensors. A training that was interrupted goes on from its last checkpoint.
         """
         replicate, arm = ticket.origin["replicate"], ticket.origin["arm"]
         what = f"replicate {replicate} level {ticket.level} {arm}"
-        path, metrics = folder / "trained.safetensors", folder / "metrics.csv"
-        needed = [path, metrics, *([folder / "rewind.safetensors"] if capture else [])]
+        needed = ["metrics.csv", *(["rewind.safetensors"] if capture else []), _TRAINED]
         start = ticket.rewind_step
         stop = self.spec.train_steps if ticket.level == 0 else self.spec.retrain_span[1]
-        if all(file.exists() for file in needed):
-            weights, rows = load_trained(path), read_csv(metrics)
+        weights, rows = self.workers.share(lambda: self._finished(folder, ticket, needed))
+        if rows is not None:
             if self.progress:
                 self.progress.skip(stop - start)
         else:
-            logs = folder / "tensorboard"
-            shutil.rmtree(logs, ignore_errors=True)
-            callbacks = [Summaries(logs, histograms=self.spec.histograms)]
-            if self.progress:
-                self.progress.begin(what, start)
-                callbacks.append(self.progress)
             try:
-                with storage.explained(logs), os_errors():
-                    trained = self.trainer.train(
-                        ticket.weights,
-                        ticket.mask,
-                        start,
-                        stop,
-                        seed=ticket.origin["seed"],
-                        capture=capture,
-                        callbacks=callbacks,
-                    )
+                trained = self._train(folder, ticket, start, stop, capture, what)
             except UserError as error:
                 raise type(error)(f"{what}: {error}; what is finished is kept") from error
             weights, rows = trained.weights, trained.rows
-            if trained.captured is not None:
-                point = dataclasses.replace(
-                    ticket, weights=trained.captured, rewind_step=capture or 0
-                )
-                point.save(folder / "rewind.safetensors")
-            write_csv(metrics, METRICS, rows)
-            save_trained(path, weights, ticket)
+            self.write(lambda: self._save(folder, ticket, trained))
         row = analysis.summary_row(arm, replicate, ticket.level, ticket.density, rows)
         key = arm, replicate, ticket.level
         others = [r for r in self.summary if (r["arm"], r["replicate"], r["level"]) != key]
         self.summary = [*others, row]
-        analysis.write_summary(self.workdir, self.summary)
+        self.write(lambda: analysis.write_summary(self.workdir, self.summary))
         if self.progress:
             self.progress.finish(what, row)
-        return weights
+        return dict(weights)
+
+    def _finished(
+        self, folder: Path, ticket: Ticket, needed: list[str]
+    ) -> tuple[dict, list[dict[str, Any]] | None]:
+        """The weights and evaluations of a training that is finished, here or in the trunk."""
+        if not all((folder / name).exists() for name in needed) and not (
+            self.trunk and ticket.level == 0 and trunk.take(self.trunk, folder, ticket, needed)
+        ):
+            return {}, None
+        return load_trained(folder / _TRAINED), read_csv(folder / "metrics.csv")
+
+    def _train(
+        self, folder: Path, ticket: Ticket, start: int, stop: int, capture: int | None, what: str
+    ) -> Trained:
+        point, logs = folder / "rewind.safetensors", folder / "tensorboard"
+
+        def last() -> tuple[dict, Any]:
+            found = checkpoints.latest(folder, self.say)
+            if not found or (capture and found.step >= capture and not point.exists()):
+                return {}, None
+            return found.variables, dataclasses.asdict(dataclasses.replace(found, variables={}))
+
+        variables, about = self.workers.share(last)
+        state = State(**{**about, "variables": variables}) if about else None
+        callbacks: list[Any] = []
+        if self.workers.chief:
+            if state is None:
+                shutil.rmtree(logs, ignore_errors=True)
+            bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
+            callbacks.append(
+                Summaries(logs, histograms=self.spec.histograms, bytes_per_step=bytes_per_step)
+            )
+        if self.progress:
+            if state:
+                self.progress.say(f"{what}: goes on at step {state.step:,} of {stop:,}")
+                self.progress.skip(state.step - start)
+            self.progress.begin(what, state.step if state else start)
+            callbacks.append(self.progress)
+
+        def captured(weights: dict) -> None:
+            at = dataclasses.replace(ticket, weights=weights, rewind_step=capture or 0)
+            self.write(lambda: at.save(point))
+
+        with storage.explained(logs), os_errors():
+            return self.trainer.train(
+                ticket.weights,
+                ticket.mask,
+                start,
+                stop,
+                seed=ticket.origin["seed"],
+                capture=capture,
+                captured=captured,
+                callbacks=callbacks,
+                state=state,
+                keep=lambda state: self.write(lambda: checkpoints.save(folder, state)),
+                asked=self.asked,
+            )
+
+    @staticmethod
+    def _save(folder: Path, ticket: Ticket, trained: Trained) -> None:
+        write_csv(folder / "metrics.csv", METRICS, trained.rows)
+        save_trained(folder / _TRAINED, trained.weights, ticket)
+        checkpoints.clear(folder)
 
     def dense(self, replicate: int) -> Ticket:
         """Returns the level-0 ticket: nothing pruned, weights as initialised."""
@@ -251,26 +370,26 @@ class Laboratory:
             rewind_step=self.spec.retrain_span[0],
         )
 
-
     def pick(self, dense: Ticket, level: int) -> Ticket:
         """Returns the ticket that the spec's scorer picks; says what of the network is cut."""
-        ticket = picking.pick(dense, self.trainer.dataset, self.plan.densities[level], level)
+        with distribution.scoring(self.trainer.strategy):
+            ticket = picking.pick(dense, self.trainer.dataset, self.plan.densities[level], level)
         model = models.build(self.spec, self.trainer.input_shape, self.trainer.classes, 0)
         found = analysis.collapse(ticket.mask, analysis.connected(model, ticket.mask))
-        if self.progress:
-            self.progress.say(found)
-        elif "warning" in found:
-            warnings.warn(found, stacklevel=2)
+        if self.progress or "warning" in found:
+            self.say(found)
         return ticket
 
     def branches(self, folder: Path, ticket: Ticket, start: Mapping) -> None:
         """Trains the ticket's controls, each in a folder inside the ticket's."""
         for name in self.plan.controls.get(ticket.level, ()):
             here = folder / f"branch_{name}"
-            self.train(
-                here,
-                self.ticket(here, lambda: branch(ticket, name, start, self.trainer.dataset)),  # noqa: B023
-            )
+            with distribution.scoring(self.trainer.strategy):
+                control = self.ticket(
+                    here,
+                    lambda: branch(ticket, name, start, self.trainer.dataset),  # noqa: B023
+                )
+            self.train(here, control)
 
 
 @contextlib.contextmanager
@@ -279,19 +398,28 @@ def laboratory(
     workdir: str | os.PathLike,
     dataset: Dataset,
     progress: Callable[[Plan], Any] | None,
+    trunk: str | os.PathLike | None = None,
 ) -> Iterator[Laboratory]:
-    """Within, the workdir is the spec's, locked."""
-    work = Path(workdir)
-    with storage.lock(work):
-        require_own(work, spec)
-        lab = Laboratory(spec, work, dataset)
+    """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint."""
+    work, spec = Path(workdir), distribution.resolve(spec)
+    strategy = distribution.strategy_of(spec)
+    workers = distribution.workers_of(strategy)
+    with contextlib.ExitStack() as stack:
+
+        def own() -> tuple[dict, None]:
+            stack.enter_context(storage.lock(work))
+            require_own(work, spec)
+            return {}, None
+
+        workers.share(own)
+        asked = stack.enter_context(checkpoints.terminations())
+        lab = Laboratory(spec, work, dataset, strategy, asked, Path(trunk) if trunk else None)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
-        storage.write(
-            work / "spec.json", json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n"
-        )
-        lab.progress = progress(lab.plan) if progress else None
-        with lab.progress or contextlib.nullcontext():
-            yield lab
+        text = json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n"
+        lab.write(lambda: storage.write(work / "spec.json", text))
+        if progress and workers.chief:
+            lab.progress = stack.enter_context(progress(lab.plan))
+        yield lab
 
 
 def imp(
@@ -299,6 +427,8 @@ def imp(
     workdir: str | os.PathLike,
     dataset: Dataset,
     progress: Callable[[Plan], Any] | None = None,
+    *,
+    trunk: str | os.PathLike | None = None,
 ) -> list[dict[str, Any]]:
     """Iterative magnitude pruning with rewinding, in all replicates, with controls.
 
@@ -311,6 +441,7 @@ def imp(
       workdir: folder for everything it writes.
       dataset: images and labels; see `datasets.load`.
       progress: given the plan, returns a `callbacks.progress.Progress`.
+      trunk: another workdir, whose dense network is the same and is not trained again.
 
     Returns:
       The rows of summary.csv.
@@ -319,14 +450,14 @@ def imp(
       UserError: see `Trainer` and `plan`; or the workdir belongs to
         another spec or process, cannot be written or holds a damaged file.
     """
-    with laboratory(spec, workdir, dataset, progress) as lab:
+    with laboratory(spec, workdir, dataset, progress, trunk) as lab:
         for replicate in range(spec.replicates):
             folder = lab.workdir / f"replicate_{replicate:02d}"
             here = folder / "level_00"
             initial = ticket = lab.ticket(here, lambda: lab.dense(replicate))  # noqa: B023
             k = spec.rewind_at
             trained = lab.train(here, ticket, capture=k or None)
-            rewound = load_ticket(here / "rewind.safetensors").weights if k else initial.weights
+            rewound = lab.rewound(here) if k else initial.weights
             for level in range(1, len(lab.plan.densities)):
                 here = folder / f"level_{level:02d}"
                 start = rewound if spec.retrain == "rewind" else trained
@@ -343,6 +474,7 @@ def one_shot(
     progress: Callable[[Plan], Any] | None = None,
     *,
     score_only: bool = False,
+    trunk: str | os.PathLike | None = None,
 ) -> list[dict[str, Any]]:
     """Pruning before training: a ticket of each density, picked from the initial weights.
 
@@ -350,7 +482,7 @@ def one_shot(
     network, is trained with `spec.dense` only. Resumes as `imp` does.
 
     Args:
-      spec, workdir, dataset, progress: as for `imp`; the spec's recipe is 'one_shot'.
+      spec, workdir, dataset, progress, trunk: as for `imp`; the spec's recipe is 'one_shot'.
       score_only: write the tickets and stop.
 
     Returns:
@@ -359,7 +491,7 @@ def one_shot(
     Raises:
       UserError: as `imp`; see also `scorers.one_shot_mask`.
     """
-    with laboratory(spec, workdir, dataset, progress) as lab:
+    with laboratory(spec, workdir, dataset, progress, trunk) as lab:
         for replicate in range(spec.replicates):
             folder, dense = lab.workdir / f"replicate_{replicate:02d}", lab.dense(replicate)
             if spec.dense and not score_only:

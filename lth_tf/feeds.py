@@ -20,6 +20,7 @@ from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed, crops, stream
 from lth_tf.datasets.stream import Shard
 from lth_tf.datasets.tfds import brief
+from lth_tf.distribution import first_replica, place_of
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
@@ -99,7 +100,7 @@ def shards(dataset: Streamed, validation_size: int) -> dict[str, Sequence[Shard]
 def walk(
     dataset: Streamed, validation_size: int, batch: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the training part once, in the order of its first epoch, without augmentation.
+    """Yields the training part once, in an order drawn by `seed`, without augmentation.
 
     Yields:
       uint8 images [b, h, w, c] and int32 labels [b]; b is `batch`, in the end what is left.
@@ -292,6 +293,7 @@ class Streaming:
     """A feed of a data set on disk, decoded on the host while the device computes.
 
     What its graph is given is an iterator, so XLA can compile a step but no loop over steps.
+    A worker reads and decodes its own share of each batch, for the replicas that it has.
     Arguments, attributes and methods are those of `Resident`.
     """
 
@@ -301,8 +303,9 @@ class Streaming:
         self.dataset, self.spec, self.strategy = dataset, spec, strategy
         self._shards = shards(dataset, spec.validation_size)
         self.sizes = {name: stream.size(found) for name, found in self._shards.items()}
+        self._place = place_of(strategy)
         self._evaluations = {
-            name: stream.evaluation(dataset, found, spec.batch_size)
+            name: stream.evaluation(dataset, found, spec.batch_size, self._place)
             for name, found in self._shards.items()
         }
         self._resized = spec.augmentation == "resized_crop"
@@ -311,14 +314,14 @@ class Streaming:
 
     def begin(self, step: int, end: int, seed: int) -> tuple:
         """Returns an iterator whose next batches are those of step .. end - 1."""
+        stream.release()  # 10 to 20 ms, now and then
         if self._at != (seed, step):
             self._iterator = None  # its buffers go before there are new ones
-            batch = self.spec.batch_size
-            self._iterator = iter(
-                stream.training(
-                    self.dataset, self._shards["train"], batch, seed, step, self._resized
-                )
+            train, batch = self._shards["train"], self.spec.batch_size
+            found = stream.training(
+                self.dataset, train, batch, seed, step, self._resized, self._place
             )
+            self._iterator = iter(found)
         self._at = seed, end
         return (self._iterator,)
 
@@ -349,10 +352,12 @@ class Streaming:
         x = scaled(images, self.dataset, self.spec)
         return x, tf.maximum(labels, 0), labels >= 0
 
-    def _part(self, taken: tuple) -> tuple[Any, Any, int]:
+    def _part(self, taken: tuple) -> tuple[Any, Any, Any]:
         first, share = _share(self.strategy, self.spec.batch_size)
+        worker, workers = self._place
+        here = first - worker * (self.spec.batch_size // workers)  # in what this worker has
         with tf.device("cpu:0"):  # other replicas' examples need not travel to this one's device
-            images, labels = (array[first : first + share] for array in taken)
+            images, labels = (array[here : here + share] for array in taken)
         return images, labels, first
 
     @contextlib.contextmanager
@@ -386,14 +391,15 @@ def scaled(images: Any, dataset: Dataset | Streamed, spec: Spec) -> Any:
 
 
 def place(arrays: tuple, strategy: Any) -> tuple:
-    """Copies (images, labels) to the memory of each of the strategy's devices, once."""
+    """Copies arrays to the memory of each of the strategy's devices here, once."""
     # The default strategy does not tell its device.
     several = strategy.num_replicas_in_sync > 1
     devices = strategy.extended.worker_devices if several else [None]
+    first = first_replica(strategy)
 
     def copied(array: np.ndarray) -> Any:
         def copy(context: Any) -> Any:
-            with tf.device(devices[context.replica_id_in_sync_group]):
+            with tf.device(devices[context.replica_id_in_sync_group - first]):
                 return tf.constant(array)
 
         return strategy.experimental_distribute_values_from_function(copy)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.resources
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -34,6 +34,7 @@ REGISTRIES: dict[str, Registry] = {
     "scopes": SCOPES,
     "scorers": SCORERS,
 }
+DEFAULTS: dict[str, dict[str, Any]] = {"imp": {}, "one_shot": {"scope": "global"}}
 
 
 class _Parser(flags.ArgumentParser):
@@ -82,15 +83,16 @@ class _Serializer(flags.ArgumentSerializer):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def define_spec(*recipes: str, **defaults: Any) -> None:
+def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **defaults: Any) -> None:
     """Defines a flag for every field of Spec that the recipes have, and --preset.
 
     Args:
       *recipes: 'imp', 'one_shot', both, or nothing for the fields that all have.
+      values: where they are defined (default: where absl's main looks).
       **defaults: field -> default, where it is not Spec's.
     """
     for field in _fields(*recipes):
-        if field.name in flags.FLAGS:
+        if field.name in values:
             continue
         default = defaults.get(field.name, field.default)
         text = field.metadata["help"]
@@ -100,7 +102,7 @@ def define_spec(*recipes: str, **defaults: Any) -> None:
         if choices := field.metadata.get("choices"):
             text += f" One of: {', '.join(choices)}."
         if field.type == "bool":
-            flags.DEFINE_bool(field.name, default, text)
+            flags.DEFINE_bool(field.name, default, text, flag_values=values)
         else:
             flags.DEFINE(
                 _Parser(field),
@@ -108,17 +110,20 @@ def define_spec(*recipes: str, **defaults: Any) -> None:
                 default,
                 ("comma-separated: " if "tuple" in str(field.type) else "") + text,
                 serializer=_Serializer(),
+                flag_values=values,
             )
-    if "one_shot" in recipes and "compression" not in flags.FLAGS:
+    if "one_shot" in recipes and "compression" not in values:
         flags.DEFINE_list(
-            "compression", None, "comma-separated: 1 / density; takes the place of --density."
-        )
-    if "preset" not in flags.FLAGS:
+            "compression", None, "comma-separated: 1 / density; takes the place of --density.",
+            flag_values=values,
+        )  # fmt: skip
+    if "preset" not in values:
         flags.DEFINE_string(
             "preset",
             None,
             "Flags from a file that ships with lth_tf; stands for them where it is written, so "
             f"that later flags win. One of: {', '.join(presets())}.",
+            flag_values=values,
         )
 
 
@@ -131,18 +136,56 @@ def _fields(*recipes: str) -> list[dataclasses.Field]:
     ]
 
 
-def spec_from_flags(recipe: str = "imp") -> Spec:
+def spec_from_flags(recipe: str = "imp", values: flags.FlagValues = flags.FLAGS) -> Spec:
     """Returns the Spec that the command line describes; raises UserError as Spec does."""
-    if flags.FLAGS.preset:  # those on the command line were replaced by `expand`
+    if values.preset:  # those on the command line were replaced by `expand`
         raise UserError(
-            f"--preset={flags.FLAGS.preset} inside a flag file is not expanded; write "
-            f"--flagfile={presets().get(flags.FLAGS.preset, 'PATH')} there"
+            f"--preset={values.preset} inside a flag file is not expanded; write "
+            f"--flagfile={presets().get(values.preset, 'PATH')} there"
         )
-    values = flags.FLAGS.flag_values_dict()
-    given = {field.name: values[field.name] for field in _fields(recipe)}
-    if recipe == "one_shot" and flags.FLAGS.compression is not None:
-        given["density"] = tuple(_density(text) for text in flags.FLAGS.compression)
+    given = {field.name: values[field.name].value for field in _fields(recipe)}
+    if recipe == "one_shot" and values.compression is not None:
+        given["density"] = tuple(_density(text) for text in values.compression)
     return Spec(recipe=recipe, **given)
+
+
+def recipe_of(words: Sequence[str]) -> str | None:
+    """Returns the recipe whose own flags are among `words`; None where both could be meant.
+
+    Raises:
+      UserError: an unknown flag, a wrong value, or flags of both recipes.
+    """
+    given = _parsed(words, "imp", "one_shot")
+    only = {f.name: f.metadata.get("recipe") for f in _fields("imp", "one_shot")}
+    only["compression"] = "one_shot"
+    own = {name: recipe for name, recipe in only.items() if recipe and given[name].present}
+    if len(set(own.values())) > 1:
+        listed = ", ".join(f"--{name} ({recipe})" for name, recipe in own.items())
+        raise UserError(f"flags of both recipes: {listed}; give those of one")
+    return next(iter(own.values()), None)
+
+
+def parse(words: Sequence[str], recipe: str) -> Spec:
+    """Returns the Spec that these flags of lth-imp ('imp') or lth-oneshot ('one_shot') describe.
+
+    Presets and flag files are read; absl's own FLAGS stay as they are.
+
+    Raises:
+      UserError: an unknown flag, a wrong value, or as Spec does.
+    """
+    return spec_from_flags(recipe, _parsed(words, recipe, **DEFAULTS[recipe]))
+
+
+def _parsed(words: Sequence[str], *recipes: str, **defaults: Any) -> flags.FlagValues:
+    values = flags.FlagValues()
+    define_spec(*recipes, values=values, **defaults)
+    try:
+        rest = values(expand(["lth", *words]))
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if rest[1:]:
+        raise UserError(f"unexpected {rest[1]!r}: everything is a flag (--name=value)")
+    return values
 
 
 def _density(compression: str) -> float:
@@ -219,7 +262,7 @@ def run(main: Callable[..., Any], commands: tuple[str, ...] = ()) -> None:
         app.run(guarded, argv=expand(sys.argv))
     except (UserError, InvariantError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "code", 1))
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, run the same command again to go on",
               file=sys.stderr)  # fmt: skip

@@ -223,12 +223,50 @@ class Spec:
     compile: str = _field(
         "auto",
         "XLA: auto compiles on GPUs, and on CPUs networks without convolutions (those would be "
-        "slower); not under --distribute=mirrored on CPUs, where TensorFlow cannot.",
+        "slower); nothing where several replicas share a batch.",
         choices=("auto", "on", "off"),
     )
-    distribute: str = _field("none", "tf.distribute strategy.", choices=("none", "mirrored"))
+    sync_batch_norm: bool = _field(
+        False,
+        "Batch normalisation takes its statistics over the global batch, not over each replica's "
+        "share of it.",
+    )
+    distribute: str = _field(
+        "auto",
+        "Replicas, which share each batch: one (none), one on each device of this machine "
+        "(mirrored), or of all machines of a cluster (multi_worker); auto takes all GPUs of this "
+        "machine, or else none.",
+        choices=("auto", "none", "mirrored", "multi_worker"),
+    )
     devices: int | None = _field(
-        None, "Number of devices for --distribute=mirrored (default: all).", low=1
+        None,
+        "Devices to use on each machine (default: all GPUs; for mirrored without any all "
+        "logical CPUs).",
+        low=1,
+    )
+    workers: int | None = _field(
+        None,
+        "Workers that --distribute=multi_worker must find (default: those of the cluster).",
+        low=1,
+    )
+    communication: str = _field(
+        "auto",
+        "What replicas add up of their gradients: every entry (plain), or those that the mask "
+        "keeps, in one buffer (packed); auto packs between machines, below a density of 0.5.",
+        choices=("auto", "plain", "packed"),
+    )
+    worker_timeout: float = _field(
+        120.0,
+        "Seconds after which a worker that does not come or does not answer is given up.",
+        low=1.0,
+        grows=True,
+    )
+    checkpoint_every: int = _field(
+        5000,
+        "Steps between checkpoints inside a training; 0: only when the process is asked to end "
+        "(SIGTERM).",
+        low=0,
+        grows=True,
     )
 
     seed: int = _field(0, "Replicate r uses seed + r for weights and data order.", low=0)
@@ -302,7 +340,9 @@ class Spec:
         if self.control_levels and not self.controls:
             raise UserError("control_levels are given but no controls, e.g. --controls=reinit")
         if self.devices and self.distribute == "none":
-            raise UserError("devices needs --distribute=mirrored")
+            raise UserError("devices has no meaning for --distribute=none; use mirrored")
+        if self.workers and self.distribute != "multi_worker":
+            raise UserError("workers needs --distribute=multi_worker")
         # In the order of their levels, whatever the order that they were given in.
         object.__setattr__(self, "density", tuple(sorted(self.density, reverse=True)))
         for scorer in ("grasp", "snip"):

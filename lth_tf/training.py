@@ -11,17 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import feeds, models, pruning, schedules
+from lth_tf import distribution, feeds, models, pruning, schedules
 from lth_tf.callbacks import Rewind
+from lth_tf.callbacks.rewind import optimizer_state
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.feeds import CHUNK
 from lth_tf.masks import Mask
+from lth_tf.reduction import Reduction
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 
 Weights = dict[str, np.ndarray]
+
+_SECONDS = 5.0  # most that steps between two looks at whether to stop should take
+_PACE = 32  # as many are done at first
 OPTIMIZERS: Registry[Callable[[Any, Spec], Any]] = Registry("optimizer")
 
 
@@ -80,6 +85,34 @@ class DivergedError(UserError):
     """The loss is NaN or infinite."""
 
 
+class Interrupted(UserError):
+    """A training was asked to stop before its end."""
+
+    code = 143  # what a shell says of a process that SIGTERM has ended
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a training needs to go on at a step as if it had never stopped.
+
+    Attributes:
+      step: the next one.
+      since: the step of the last evaluation.
+      total: the sum of the losses of the steps since then, float64.
+      rows: the evaluations so far; see `Trained`.
+      seconds: how long it took.
+      variables: name -> array: weights and optimizer; BatchNormalization's moving
+        statistics of each replica.
+    """
+
+    step: int
+    since: int
+    total: float
+    rows: tuple[dict[str, Any], ...]
+    seconds: float
+    variables: dict[str, np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """What a training leaves.
@@ -108,29 +141,6 @@ def policy(precision: str) -> Iterator[None]:
         keras.mixed_precision.set_global_policy(before)
 
 
-def strategy_of(spec: Spec) -> Any:
-    """Returns the tf.distribute strategy that a spec asks for.
-
-    Raises:
-      UserError: more devices than there are, or a batch that they do not divide.
-    """
-    if spec.distribute == "none":
-        return tf.distribute.get_strategy()
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    found = [d.name for d in tf.config.list_logical_devices(kind)]
-    if (spec.devices or 1) > len(found):
-        raise UserError(f"devices {spec.devices} are asked for, but there are only {found}")
-    used = found[: spec.devices]
-    if spec.batch_size % len(used):
-        raise UserError(
-            f"batch_size {spec.batch_size} cannot be divided among {len(used)} devices; give a "
-            f"multiple of {len(used)}"
-        )
-    # On CPUs the collective ops of two strategies in one process get in each other's way.
-    reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
-    return tf.distribute.MirroredStrategy(used, cross_device_ops=reduction)
-
-
 def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
     """Returns the spec's network without masks, in float64 or else float32."""
     with policy("float64" if spec.precision == "float64" else "float32"):
@@ -152,6 +162,7 @@ class Trainer:
     Args:
       spec: what to train, and how.
       dataset: images and labels, in memory or streamed.
+      strategy: the replicas to train on (default: what the spec asks for).
 
     Attributes:
       model: the pruned model.
@@ -161,12 +172,14 @@ class Trainer:
       UserError: an unusable optimizer, devices or batch size, or too few examples.
     """
 
-    def __init__(self, spec: Spec, dataset: Dataset | Streamed):
+    def __init__(self, spec: Spec, dataset: Dataset | Streamed, strategy: Any = None):
         self.spec = spec
         self.dataset: Any = dataset
         self.input_shape = tuple(dataset.input_shape)
         self.classes = dataset.classes
-        self.strategy = strategy_of(spec)
+        self.strategy = strategy or distribution.strategy_of(spec)
+        self.workers = distribution.workers_of(self.strategy)
+        replicas = self.strategy.num_replicas_in_sync
         self.feed = feeds.feed(dataset, spec, self.strategy)
         if spec.batch_size > self.feed.sizes["train"]:
             raise UserError(
@@ -181,12 +194,15 @@ class Trainer:
             self.optimizer = self.model.optimizer
             self.optimizer.build(self.model.trainable_variables)
         pruning.require_maskable(self.optimizer)
-        compiled = _compiles(spec, self.strategy, plain)
+        self.reduction = Reduction(self.model, self.strategy, spec.communication)
+        self._averaged = [v for v in self.model.variables if len(distribution.components(v)) > 1]
+        self._pace, self._kept = _PACE, None
+        compiled = _compiles(spec, replicas, plain)
         loops = compiled and self.feed.loops
-        self._chunk = tf.function(self._steps, jit_compile=loops)
+        # A graph for each number of entries that replicas add up would be one for each level.
+        self._chunk = tf.function(self._steps, jit_compile=loops, reduce_retracing=replicas > 1)
         self._evaluation = tf.function(self._evaluate, jit_compile=loops)
-        # On several replicas a step sums up gradients, which a graph of its own cannot.
-        alone = compiled and not loops and self.strategy.num_replicas_in_sync == 1
+        alone = compiled and not loops
         self._run, self._run_evaluation = (
             tf.function(step, jit_compile=True) if alone else step
             for step in (self._step, self._evaluate_step)
@@ -198,9 +214,8 @@ class Trainer:
         logits = tf.cast(logits, tf.float64 if logits.dtype == tf.float64 else tf.float32)
         return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), logits
 
-    def _step(self, taken: Any, seed: Any, step: Any) -> Any:
-        """One step on one replica; `taken` is what the feed has for it."""
-        replica = tf.distribute.get_replica_context()
+    def _step(self, taken: Any, seed: Any, step: Any, kept: Any) -> Any:
+        """One step on one replica; `taken` is what the feed has for it, `kept` see `Reduction`."""
         x, y = self.feed.batch(taken, seed, step)
         variables = self.model.trainable_variables
         scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
@@ -210,9 +225,7 @@ class Trainer:
             loss = tf.reduce_sum(losses) / self.spec.batch_size
             target = self.optimizer.get_scaled_loss(loss) if scaled else loss
         gradients = tape.gradient(target, variables)
-        if self.strategy.num_replicas_in_sync > 1:
-            gradients = replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-            loss = replica.all_reduce(tf.distribute.ReduceOp.SUM, loss)
+        *gradients, loss = self.reduction(kept, [*gradients, loss])
         if scaled:
             gradients = self.optimizer.get_unscaled_gradients(gradients)
         if self.spec.weight_decay and self.spec.optimizer != "adamw":
@@ -226,16 +239,18 @@ class Trainer:
         )
         return loss
 
-    def _steps(self, source: Any, count: Any, seed: Any, step: Any) -> tuple[Any, Any]:
-        """`count` steps; returns their mean loss and the first with a loss not finite, or -1."""
-        total, bad = tf.constant(0.0, tf.float64), tf.constant(-1)
+    def _steps(
+        self, source: Any, count: Any, seed: Any, step: Any, total: Any, kept: Any
+    ) -> tuple[Any, Any]:
+        """`count` steps; adds their losses to `total`; also the first not finite, or -1."""
+        bad = tf.constant(-1)
         for i in tf.range(count):
             taken = self.feed.take(source, i)
-            losses = self.strategy.run(self._run, (taken, seed, step + i))
+            losses = self.strategy.run(self._run, (taken, seed, step + i, kept))
             loss = tf.cast(self.strategy.experimental_local_results(losses)[0], tf.float64)
             bad = tf.where((bad < 0) & ~tf.math.is_finite(loss), i, bad)
             total += loss
-        return total / tf.cast(count, tf.float64), bad
+        return total, bad
 
     def _evaluate(self, source: Any, part: str) -> tuple[Any, Any]:
         """Returns the sum of losses and the number of correct predictions over a part."""
@@ -261,7 +276,7 @@ class Trainer:
 
     def evaluate(self, part: str) -> tuple[float, float]:
         """Returns mean loss and accuracy (0 to 1) on 'train', 'validation' or 'test'."""
-        with self.feed.reading():
+        with self.feed.reading(), distribution.lost():
             loss, correct = self._evaluation(self.feed.part(part), part)
         return float(loss) / self.feed.sizes[part], float(correct) / self.feed.sizes[part]
 
@@ -274,7 +289,11 @@ class Trainer:
         *,
         seed: int = 0,
         capture: int | None = None,
+        captured: Callable[[Weights], None] | None = None,
         callbacks: Sequence[Any] = (),
+        state: State | None = None,
+        keep: Callable[[State], None] | None = None,
+        asked: Callable[[], bool] = lambda: False,
     ) -> Trained:
         """Trains mask x weights from step `start` to step `stop`.
 
@@ -288,9 +307,14 @@ class Trainer:
           start, stop: the first step of the schedule and the one after the last.
           seed: of the order of examples.
           capture: a step whose weights to return as well.
+          captured: given those weights as soon as they are there.
           callbacks: Keras callbacks. `on_train_batch_end` fires after each block of
             steps with the last one's number, `on_epoch_*` around each evaluation;
             `stop_training` and a changed learning rate are honoured.
+          state: where to go on, out of the same training that was interrupted; what
+            callbacks remember is not part of it.
+          keep: given the state every `checkpoint_every` steps, and when asked to stop.
+          asked: whether to stop before the end; looked at every few seconds.
 
         Returns:
           What was trained.
@@ -298,58 +322,142 @@ class Trainer:
         Raises:
           DivergedError: a loss is NaN or infinite; names the step.
           InvariantError: a pruned weight is not zero afterwards.
+          Interrupted: `asked` said so.
         """
-        spec, began = self.spec, time.perf_counter()
+        spec = self.spec
+        if state and capture is not None and state.step >= capture:
+            capture = None
         rewind = Rewind(weights, mask, step=start, capture=capture)
         hooks = keras.callbacks.CallbackList([rewind, *callbacks], model=self.model)
         self.model.stop_training = False
         if isinstance(self._rate, float):  # a callback may have changed it
             pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
+        self._kept = self.reduction.kept(mask)
         hooks.on_train_begin()
         rows: list[dict[str, Any]] = []
-        step, since, total = start, start, 0.0
-        self._row(rows, step, None, hooks, began, last=stop == start)
+        step, since, total, began = start, start, 0.0, time.perf_counter()
+        if state:
+            step, since, total, rows = state.step, state.since, state.total, list(state.rows)
+            began -= state.seconds
+            self._restore(state)
+        else:
+            self._row(rows, step, None, hooks, began, last=stop == start)
+        stops = False
+
+        def pause() -> None:
+            """Keeps the state, where that is due, and stops, where that was asked."""
+            due = spec.checkpoint_every and step % spec.checkpoint_every == 0
+            if keep and step < stop and (due or stops):
+                seconds = time.perf_counter() - began
+                keep(State(step, since, total, tuple(rows), seconds, self._variables()))
+            if stops and step < stop:
+                kept = "is kept" if keep else "is lost"
+                raise Interrupted(f"stopped at step {step} of {stop}, whose state {kept}")
+
         while step < stop and not self.model.stop_training:
             if step == since:
                 hooks.on_epoch_begin(len(rows) - 1)
-            evaluation = (step // spec.eval_every + 1) * spec.eval_every
-            end = min(step + CHUNK, evaluation, stop)
+            end = min(
+                (step // spec.eval_every + 1) * spec.eval_every,
+                since + ((step - since) // CHUNK + 1) * CHUNK,
+                stop,
+            )
             if capture is not None and step < capture:
                 end = min(end, capture)
             hooks.on_train_batch_begin(step)
-            loss = self.advance(step, end, seed)
-            total += loss * (end - step)
-            step = end
+            while True:  # in pieces of some seconds, within which nothing can stop it
+                piece = min(end, step + self._pace)
+                if spec.checkpoint_every:
+                    every = spec.checkpoint_every
+                    piece = min(piece, (step // every + 1) * every)
+                total = self.advance(step, piece, seed, total)
+                step, stops = piece, self._stops(asked)
+                if step == end:
+                    break
+                pause()
+            loss = total / (step - since)
             hooks.on_train_batch_end(step - 1, {"loss": loss, "step": step})
+            if captured and rewind.captured is not None and step == capture:
+                captured(rewind.captured)
             last = step == stop or bool(self.model.stop_training)
             if step % spec.eval_every == 0 or last:
-                self._row(rows, step, total / (step - since), hooks, began, last)
+                self._row(rows, step, loss, hooks, began, last)
                 since, total = step, 0.0
+            if not self.model.stop_training:
+                pause()
         pruning.check(self.model, self.optimizer)
         hooks.on_train_end()
         values = {name: v.numpy() for name, v in pruning.weights(self.model).items()}
         return Trained(values, rows, rewind.captured)
 
-    def advance(self, step: int, end: int, seed: int) -> float:
-        """Does the steps step .. end - 1, at most CHUNK, in one call; returns their mean loss.
+    def advance(self, step: int, end: int, seed: int, total: float = 0.0) -> float:
+        """Does the steps step .. end - 1, at most CHUNK, in one call; adds their losses to `total`.
+
+        One after the other, so that the sum does not depend on how many calls there are.
 
         Raises:
           DivergedError: a loss is NaN or infinite; names the step.
         """
         # As tensors: a graph would be traced for each number that is a Python one.
         numbers = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
-        with self.feed.reading():
-            loss, bad = self._chunk(self.feed.begin(step, end, seed), *numbers)
-        if int(bad) >= 0:
+        began = time.perf_counter()
+        with self.feed.reading(), distribution.lost():
+            source = self.feed.begin(step, end, seed)
+            sums = self._chunk(source, *numbers, tf.constant(total, tf.float64), self._kept)
+        total, bad = float(sums[0]), int(sums[1])
+        if bad >= 0:
             raise DivergedError(
-                f"the training loss is not finite at step {step + int(bad)}; lower "
+                f"the training loss is not finite at step {step + bad}; lower "
                 f"--learning_rate (now {self.spec.learning_rate:g}) or use --warmup_steps"
             )
-        return float(loss)
+        seconds = time.perf_counter() - began
+        if seconds < _SECONDS / 5:
+            self._pace = min(4 * self._pace, CHUNK)
+        elif seconds > _SECONDS:
+            self._pace = max(self._pace // 2, 1)
+        return total
+
+    def _stops(self, asked: Callable[[], bool]) -> bool:
+        """Whether any worker is asked to stop; all get the chief's pace, too."""
+        if self.workers.count == 1:
+            return asked()
+        mine = [float(asked()), self._pace if self.workers.chief else 0.0]
+        stops, pace = self.workers.add([np.array(mine)])[0]
+        self._pace = int(pace)
+        return stops > 0
+
+    def _variables(self) -> dict[str, np.ndarray]:
+        """Returns all that training changes: what replicas share, then each replica's own."""
+        shared, own = {}, {}
+        first = distribution.first_replica(self.strategy)
+        for name, parts in self._parts():
+            if len(parts) == 1:
+                shared[name] = parts[0].numpy()
+            for i, part in enumerate(parts):
+                own[f"replica_{first + i}/{name}"] = part.numpy()
+        for arrays, _ in self.workers.each((own, None)):
+            shared |= arrays
+        return shared
+
+    def _restore(self, state: State) -> None:
+        first = distribution.first_replica(self.strategy)
+        for name, parts in self._parts():
+            for i, part in enumerate(parts):
+                key = name if len(parts) == 1 else f"replica_{first + i}/{name}"
+                part.assign(state.variables[key])
+
+    def _parts(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yields the name of each variable that training changes, and what `components` gives."""
+        for name, variable in pruning.weights(self.model).items():
+            yield f"weights/{name}", distribution.components(variable)
+        for i, variable in enumerate(optimizer_state(self.optimizer)):
+            yield f"optimizer/{i:04d}", distribution.components(variable)
 
     def _row(
         self, rows: list, step: int, loss: float | None, hooks: Any, began: float, last: bool
     ) -> None:
+        for variable in self._averaged:  # what is evaluated is what will be saved
+            variable.assign(variable.read_value())
         validation_loss, validation_accuracy = self.evaluate("validation")
         if not math.isfinite(validation_loss):
             raise DivergedError(
@@ -395,12 +503,15 @@ def _rate(spec: Spec) -> Any:
     )
 
 
-def _compiles(spec: Spec, strategy: Any, model: Any) -> bool:
+def _compiles(spec: Spec, replicas: int, model: Any) -> bool:
     """Whether XLA helps here; on CPUs it makes convolutions slower, in a loop 100-fold."""
-    gpu = bool(tf.config.list_logical_devices("GPU"))
-    mirrored_cpus = strategy.num_replicas_in_sync > 1 and not gpu
-    if spec.compile == "on" and mirrored_cpus:
-        raise UserError("compile=on does not work with --distribute=mirrored on CPUs; use auto")
+    if replicas > 1:  # steps that replicas add gradients up in are not for XLA
+        if spec.compile == "on":
+            raise UserError(
+                f"compile=on does not work where {replicas} replicas share a batch; use auto"
+            )
+        return False
     if spec.compile != "auto":
         return spec.compile == "on"
-    return not mirrored_cpus and (gpu or "conv" not in pruning.kinds(model).values())
+    gpu = bool(tf.config.list_logical_devices("GPU"))
+    return gpu or "conv" not in pruning.kinds(model).values()

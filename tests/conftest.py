@@ -1,7 +1,31 @@
-"""Two logical CPUs, so that distribution is tested everywhere."""
+"""Four logical CPUs, so that distribution is tested everywhere."""
 
-from lth_tf.compat import tf
+import pytest
+
+from lth_tf.compat import keras, tf
+from lth_tf.models import MODELS, parts
 
 tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+
+def _thin_norm(input_shape, classes, seed, *, init="glorot_normal"):
+    inits = parts.initialisers(init, seed)
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            keras.layers.Conv2D(4, 3, kernel_initializer=next(inits), name="conv"),
+            parts.norm("norm"),
+            keras.layers.Flatten(name="flatten"),
+            keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"),
+        ],
+        name="thin_norm",
+    )
+
+
+@pytest.fixture
+def thin_norm(monkeypatch):
+    """The name of a small network with batch normalisation, which there is within a test."""
+    monkeypatch.setitem(MODELS._entries, "thin_norm", _thin_norm)
+    return "thin_norm"

@@ -159,8 +159,7 @@ def test_place_on_one_device():
 
 
 def test_place_on_two_devices():
-    devices = [d.name for d in tf.config.list_logical_devices("CPU")]
-    assert len(devices) == 2
+    devices = [d.name for d in tf.config.list_logical_devices("CPU")][:2]
     strategy = tf.distribute.MirroredStrategy(devices)
     data = dataset()
     (labels,) = feeds.place((data.train_labels,), strategy)

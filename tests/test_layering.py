@@ -12,11 +12,12 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "registry", "masks", "scopes", "schedules", "spec", "storage"},
-    {"compat", "pruning", "scorers", "models", "datasets"},
-    {"feeds", "callbacks", "training"},
+    {"cluster", "compat", "pruning", "scorers", "models", "datasets", "distribution"},
+    {"feeds", "callbacks", "reduction", "training"},
     {
-        "tickets", "experiment", "branches", "analysis", "exporters", "report", "bench", "doctor",
-        "flags", "picking", "command",
+        "tickets", "experiment", "branches", "analysis", "exporters", "report", "bench",
+        "bench_stream", "checkpoints", "command", "doctor", "flags", "launch", "picking", "sweep",
+        "trunk",
     },
     {"tools"},
 ]  # fmt: skip

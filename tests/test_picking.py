@@ -389,8 +389,8 @@ def test_the_seed_changes_which_weights_are_kept_and_nothing_else_does():
     assert not same(picked().mask, pick(spec(), seed=1).mask)
     assert same(picked().mask, pick(spec()).mask)
     trained_otherwise = spec(
-        precision="mixed_bfloat16", distribute="mirrored", optimizer="sgd", train_steps=7,
-        augmentation="flip_crop", score_batch_size=12, replicates=2, dense=True,
+        precision="mixed_bfloat16", distribute="mirrored", devices=2, optimizer="sgd",
+        train_steps=7, augmentation="flip_crop", score_batch_size=12, replicates=2, dense=True,
         controls=("shuffle",),
     )  # fmt: skip
     assert masks.overlap(picked().mask, pick(trained_otherwise).mask) > 0.98

@@ -58,8 +58,13 @@ RANGES = {
     "eval_every": ({}, (1, 100), (0, -1)),
     "precision": ({}, ("float32", "float64", "mixed_bfloat16", "mixed_float16"), ("fp16",)),
     "compile": ({}, ("auto", "on", "off"), ("yes",)),
-    "distribute": ({}, ("none", "mirrored"), ("tpu",)),
+    "distribute": ({}, ("auto", "none", "mirrored", "multi_worker"), ("tpu",)),
     "devices": ({"distribute": "mirrored"}, (None, 1, 8), (0, -1)),
+    "workers": ({"distribute": "multi_worker"}, (None, 1, 8), (0, -1)),
+    "communication": ({}, ("auto", "plain", "packed"), ("sparse",)),
+    "sync_batch_norm": ({}, (False, True), ()),
+    "worker_timeout": ({}, (1, 120.0), (0, 0.5)),
+    "checkpoint_every": ({}, (0, 5000), (-1,)),
     "seed": ({}, (0, 2**31), (-1,)),
     "replicates": ({}, (1, 5), (0, -1)),
     "control_levels": ({"controls": ("reinit",)}, ((), (1, 2), (0,)), ((-1,), (3, -1))),
@@ -188,7 +193,8 @@ def test_help_is_written_for_every_field():
         ({"lr_drops": (5,)}, "no meaning for lr_schedule 'constant'"),
         ({"lr_drops": (5,), "lr_schedule": "cosine"}, "no meaning for lr_schedule 'cosine'"),
         ({"control_levels": (1,)}, "no controls"),
-        ({"devices": 2}, "needs --distribute=mirrored"),
+        ({"devices": 2, "distribute": "none"}, "no meaning for --distribute=none"),
+        ({"workers": 2}, "needs --distribute=multi_worker"),
     ],
 )
 def test_contradiction(fields, text):
@@ -334,6 +340,8 @@ GROWTH = [
     {"levels": 21},
     {"replicates": 5},
     {"histograms": True},
+    {"checkpoint_every": 7},
+    {"worker_timeout": 7.0},
     {"controls": ("reinit",)},
     {"controls": ("reinit",), "control_levels": (2,)},
 ]

@@ -24,6 +24,7 @@ BASE = Spec(
     compile="off",  # XLA takes longer to compile than these take to train
 )
 
+TWO = {"distribute": "mirrored", "devices": 2}
 
 def spec(**changes):
     return dataclasses.replace(BASE, **changes)
@@ -153,6 +154,7 @@ def test_zeros_hold_at_every_step(optimizer, precision, distribute):
         optimizer=optimizer,
         precision=precision,
         distribute=distribute,
+        devices=2 if distribute == "mirrored" else None,
         weight_decay=1e-3,
         learning_rate=0.01,
         train_steps=6,
@@ -177,7 +179,7 @@ def test_one_steps_gradient_on_two_replicas(augmentation):
     changes = {"optimizer": "sgd", "learning_rate": 1.0, "train_steps": 1, "eval_every": 1}
     changes["augmentation"] = augmentation
     one = run(spec(**changes)).weights
-    two = run(spec(distribute="mirrored", **changes)).weights
+    two = run(spec(**TWO, **changes)).weights
     before, _ = start(BASE)
     for n in one:
         gradient = before[n] - one[n]
@@ -187,7 +189,7 @@ def test_one_steps_gradient_on_two_replicas(augmentation):
 
 def test_float64_on_two_replicas_is_the_same_mathematics():
     one = run(spec(precision="float64"))
-    two = run(spec(precision="float64", distribute="mirrored"))
+    two = run(spec(precision="float64", **TWO))
     for n in one.weights:
         np.testing.assert_allclose(two.weights[n], one.weights[n], rtol=1e-9, atol=1e-12)
     assert one.rows[-1]["validation_loss"] == pytest.approx(
@@ -199,8 +201,8 @@ def test_evaluation_counts_every_example_once_on_any_number_of_replicas():
     s = spec(validation_size=77, precision="float64")
     weights, mask = start(s)
     numbers = []
-    for distribute in ("none", "mirrored"):
-        trainer = Trainer(dataclasses.replace(s, distribute=distribute), DIGITS)
+    for changes in ({}, TWO):
+        trainer = Trainer(dataclasses.replace(s, **changes), DIGITS)
         trainer.train(weights, mask, 0, 0)
         numbers.append([trainer.evaluate(part) for part in ("train", "validation", "test")])
     model = trainer.model
@@ -325,9 +327,10 @@ def test_diverging_names_the_step():
     [
         ({"batch_size": 2000}, "batch_size 2000 exceeds"),
         ({"validation_size": 1000}, "more than half"),
-        ({"distribute": "mirrored", "devices": 3}, "devices 3 are asked for"),
-        ({"distribute": "mirrored", "batch_size": 31}, "multiple of 2"),
-        ({"distribute": "mirrored", "compile": "on"}, "compile=on does not work"),
+        ({"distribute": "mirrored", "devices": 5}, "devices 5 are asked for.*CPU:3; give at most"),
+        ({"devices": 2}, "devices 2 are asked for, but this machine has no GPUs"),
+        ({**TWO, "batch_size": 31}, "multiple of 2"),
+        ({**TWO, "compile": "on"}, "compile=on does not work where 2"),
     ],
 )
 def test_refuses(changes, words):

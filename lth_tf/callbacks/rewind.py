@@ -104,11 +104,12 @@ def _clean(optimizer: Any, model: Any) -> None:
         fresh = type(optimizer).from_config(optimizer.get_config())
     for each in (optimizer, fresh):
         pruning.create_slots(each, model)
-    for old, new in zip(_state(optimizer), _state(fresh), strict=True):
+    for old, new in zip(optimizer_state(optimizer), optimizer_state(fresh), strict=True):
         old.assign(new.read_value())
 
 
-def _state(optimizer: Any) -> list[Any]:
+def optimizer_state(optimizer: Any) -> list[Any]:
+    """Returns an optimizer's variables: counter, slots, what a callback may change, loss scale."""
     inner = pruning.inner_optimizer(optimizer)
     variables = inner.variables() if callable(inner.variables) else inner.variables
     # Of a LossScaleOptimizer `variables` are the inner one's; its own are not public.

@@ -21,10 +21,14 @@ class Summaries(keras.callbacks.Callback):
     Args:
       log_dir: folder for the event file.
       histograms: whether to write histograms.
+      bytes_per_step: what each replica gives to be added up in a step; 0 is not written.
     """
 
-    def __init__(self, log_dir: str | os.PathLike, *, histograms: bool = False):
+    def __init__(
+        self, log_dir: str | os.PathLike, *, histograms: bool = False, bytes_per_step: int = 0
+    ):
         super().__init__()
+        self.bytes_per_step = bytes_per_step
         self.log_dir, self.histograms = os.fspath(log_dir), histograms
         self._writer: Any = None
 
@@ -37,6 +41,8 @@ class Summaries(keras.callbacks.Callback):
             tf.summary.scalar("density/total", masks.density(mask))
             for name, m in mask.items():
                 tf.summary.scalar(f"density/{name}", float(np.mean(m)))
+            if self.bytes_per_step:
+                tf.summary.scalar("communication/bytes_per_step", self.bytes_per_step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes the logs."""

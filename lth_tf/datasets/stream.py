@@ -1,21 +1,24 @@
 """Data sets too large for memory: JPEGs in TFRecord shards, read and decoded while training.
 
-The order of an epoch is a function of (seed, epoch): the shards are permuted, READERS of
-them read in turn, and their records shuffled within a buffer of SHUFFLE. Every epoch
+The order of an epoch is a function of (seed, epoch) and the same for any number of workers,
+though each reads only its part: the permuted shards, laid end to end, are cut into equal
+lanes, and lane g fills the g-th part of every batch. See `lanes` and `lane`. Every epoch
 begins anew from that, so that any step is reached by skipping records of its epoch as they
 are, undecoded. What a batch looks like is a function of (seed, step) as in memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-READERS = 16  # shards read in turn
-SHUFFLE = 8192  # records in the shuffle buffer; of ImageNet 0.9 GB
+LANES = 16  # most of them
+READERS = 32  # shards read in turn, over all lanes
+SHUFFLE = 8192  # records in the shuffle buffers of all lanes; of ImageNet 0.9 GB
 AHEAD = 2  # batches decoded before they are asked for
 MARGIN = 224 / 256  # side of the part evaluated on, over the image's short side
 _FOREVER = 2**62
@@ -77,80 +80,149 @@ Shard(path='b', first=0, length=5)])
     return kept, held
 
 
-def training(
-    dataset: Streamed, shards: Sequence[Shard], batch: int, seed: int, step: int, resized: bool
-) -> Any:
-    """Returns the training batches from step `step` on, without end.
+def lanes(shards: Sequence[Shard], batch: int) -> int:
+    """Returns into how many lanes an epoch is cut: a power of two that divides the batch.
 
-    An epoch has floor(n / batch) steps.
+    That is as many workers as read nothing in common. At most one for each shard, since a
+    shard that is cut in two is opened twice.
+
+    >>> lanes([Shard("a", 0, 5)] * 9, 12), lanes([Shard("a", 0, 5)] * 9, 48)
+    (4, 8)
+    """
+    return max(2**i for i in range(LANES.bit_length()) if 2**i <= len(shards) and not batch % 2**i)
+
+
+def release() -> None:
+    """Gives memory that was freed back to the system, where the C library is glibc.
+
+    It keeps an arena for every few threads and in each of them what they free. Since an epoch's
+    records are read by other threads than those that let go of the last one's, a process would
+    grow by a part of the shuffle buffers in each epoch. With a single arena it would not, but
+    all threads that decode would wait for it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def training(
+    dataset: Streamed,
+    shards: Sequence[Shard],
+    batch: int,
+    seed: int,
+    step: int,
+    resized: bool,
+    place: tuple[int, int] = (0, 1),
+) -> Any:
+    """Returns a worker's share of the training batches from step `step` on, without end.
+
+    An epoch has floor(n / batch) steps: as many as its lanes have, each of floor(n / G)
+    records of which a step takes batch / G. Worker w of W has the places w * batch / W up to
+    (w + 1) * batch / W - 1 of each batch and reads the lanes that these belong to. Where W
+    does not divide G, workers have lanes in common: both read it, each decodes its places.
 
     Args:
       dataset: the shape of its images.
       shards: n records.
-      batch: examples per step.
+      batch: examples per step, of all workers.
       seed, step: which batches.
       resized: whether images are random parts, see `crops.boxes`, half of them mirrored; as
         `feeds.augment` draws them. Else they are the middle; see `decode`.
+      place: the number w of this worker, and how many there are, which divides `batch`.
 
     Returns:
-      A tf.data.Dataset of uint8 [batch, h, w, c], int32 [batch].
+      A tf.data.Dataset of uint8 [batch / W, h, w, c], int32 [batch / W].
     """
     from lth_tf.compat import tf
     from lth_tf.datasets import crops
 
+    count, (worker, workers) = lanes(shards, batch), place
+    each, share = batch // count, batch // workers
+    first, end = worker * count // workers, -(-(worker + 1) * count // workers)
+    start = worker * share - first * each  # of the share, in what is read for a step
+
     def numbers(step: Any) -> Any:
-        return crops.uniform(seed % 2**64, step, tf.range(batch), crops.BOX + 1)
+        places = worker * share + tf.range(share)
+        return crops.uniform(seed % 2**64, step, places, crops.BOX + 1)
+
+    def mine(i: Any, _: Any) -> Any:
+        at = i % ((end - first) * each)
+        return (start <= at) & (at < start + share)
 
     per_epoch = size(shards) // batch
-    epoch, place = divmod(step, per_epoch)
-    raw = epochs(shards, seed, epoch, _FOREVER, per_epoch * batch).skip(place * batch)
+    epoch, after = divmod(step, per_epoch)
+    raw = tf.data.Dataset.range(first, end).interleave(
+        lambda g: epochs(shards, seed, epoch, g, count, per_epoch * each).skip(after * each),
+        cycle_length=end - first,
+        block_length=each,
+    )
+    if share < (end - first) * each:
+        raw = raw.enumerate().filter(mine).map(lambda _, record: record)
     if resized:
         # For a whole batch at once: the same for each record would add a quarter to the time.
         drawn = tf.data.Dataset.range(step, _FOREVER).map(numbers).unbatch()
         raw = tf.data.Dataset.zip(raw, drawn)
-    examples = raw.map(
-        lambda *record: decode(dataset.input_shape, *record), tf.data.AUTOTUNE, deterministic=True
-    )
-    return examples.batch(batch, drop_remainder=True).prefetch(AHEAD)
+    return _decoded(dataset, raw).batch(share, drop_remainder=True).prefetch(AHEAD)
 
 
-def evaluation(dataset: Streamed, shards: Sequence[Shard], batch: int) -> Any:
-    """Returns the middle of all images, see `decode`, in an order that never changes.
+def evaluation(
+    dataset: Streamed, shards: Sequence[Shard], batch: int, place: tuple[int, int] = (0, 1)
+) -> Any:
+    """Returns the middle of a worker's images, see `decode`, in an order that never changes.
+
+    Worker w of W has the w-th part of the n records, and as many blocks as all others,
+    ceil(n / batch).
 
     Returns:
-      A tf.data.Dataset of uint8 [batch, h, w, c], int32 [batch], the last one filled up
-      with black images of label -1.
+      A tf.data.Dataset of uint8 [batch / W, h, w, c], int32 [batch / W], filled up with black
+      images of label -1.
     """
     from lth_tf.compat import tf
 
+    n, (worker, workers) = size(shards), place
+    before, after = (n * w // workers for w in (worker, worker + 1))
+    own = cut(cut(shards, n - after)[0], after - before)[1]
     blank = tf.zeros(dataset.input_shape, tf.uint8), tf.constant(-1)
-    examples = _central(dataset, records(shards))
-    padding = tf.data.Dataset.from_tensors(blank).repeat(-size(shards) % batch)
-    return examples.concatenate(padding).batch(batch, drop_remainder=True).prefetch(AHEAD)
+    share = batch // workers
+    padding = -(-n // batch) * share - size(own)
+    examples = tf.data.Dataset.from_tensors(blank).repeat(padding)
+    if own:
+        examples = _decoded(dataset, records(own)).concatenate(examples)
+    return examples.batch(share, drop_remainder=True).prefetch(AHEAD)
 
 
 def walk(
     dataset: Streamed, shards: Sequence[Shard], batch: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the records in the order of epoch 0, each once, the middle of images.
+    """Yields the records in the order of an epoch 0 of one lane, each once, the middle of images.
+
+    Neither `batch` nor the number of workers changes that order.
 
     Yields:
       uint8 [b, h, w, c], int32 [b]; b is `batch`, in the end what is left.
     """
-    examples = _central(dataset, epochs(shards, seed, 0, 1, size(shards)))
-    yield from examples.batch(batch).prefetch(AHEAD).as_numpy_iterator()
+    raw = epochs(shards, seed, 0, 0, 1, size(shards)).take(size(shards))
+    yield from _decoded(dataset, raw).batch(batch).prefetch(AHEAD).as_numpy_iterator()
 
 
-def _central(dataset: Streamed, raw: Any) -> Any:
+def _decoded(dataset: Streamed, raw: Any) -> Any:
     from lth_tf.compat import tf
 
     return raw.map(
-        lambda record: decode(dataset.input_shape, record), tf.data.AUTOTUNE, deterministic=True
+        lambda *record: decode(dataset.input_shape, *record), tf.data.AUTOTUNE, deterministic=True
     )
 
 
-def epochs(shards: Sequence[Shard], seed: int, first: int, end: int, count: int) -> Any:
-    """Returns the first `count` records of each of the epochs first .. end - 1.
+def epochs(
+    shards: Sequence[Shard], seed: int, first: int, number: Any, count: int, most: int
+) -> Any:
+    """Returns the first `most` records of a lane in every epoch from `first` on, without end.
+
+    Args:
+      shards: n records.
+      seed, first: of which order.
+      number, count: which of how many lanes, 0 to count - 1.
+      most: records per epoch, at most floor(n / count).
 
     Returns:
       A tf.data.Dataset of string [], serialised.
@@ -160,35 +232,73 @@ def epochs(shards: Sequence[Shard], seed: int, first: int, end: int, count: int)
     def one(epoch: Any) -> Any:
         # Else tf.random.set_seed, called by whomever, would change what `shuffle` does.
         tf.compat.v1.set_random_seed(1)  # of this function, not of the process
-        pair = tf.stack([tf.constant(seed % 2**63, tf.int64), epoch])
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(shards)), pair)
-        own = tf.random.stateless_uniform([], pair, 0, 2**31 - 1, tf.int64)
-        buffer = min(SHUFFLE, size(shards))
-        found = records(shards, order).shuffle(buffer, own, reshuffle_each_iteration=False)
-        return found.take(count)
+        found, length = lane(shards, seed, epoch, number, count), size(shards) // count
+        own = tf.random.stateless_uniform([count], _pair(seed, epoch), 0, 2**31 - 1, tf.int64)
+        return (
+            _read(found, -(-READERS // count), length)
+            .shuffle(min(-(-SHUFFLE // count), length), own[number], reshuffle_each_iteration=False)
+            .take(most)
+        )
 
-    return tf.data.Dataset.range(first, end).flat_map(one)
+    return tf.data.Dataset.range(first, _FOREVER).flat_map(one)
 
 
-def records(shards: Sequence[Shard], order: Any = None) -> Any:
-    """Returns all records, of READERS shards in turn, these in their order or `order`.
+def lane(
+    shards: Sequence[Shard], seed: int, epoch: Any, number: Any, count: int
+) -> tuple[Any, Any, Any]:
+    """Returns what a lane reads in an epoch: floor(n / count) of the records.
+
+    The shards are permuted and laid end to end; the lane is the `number`-th run of that. The
+    last n mod count records are in no lane, others in each epoch.
+
+    Returns:
+      The columns of shards and parts of shards: string [m], int64 [m], int64 [m].
+    """
+    from lth_tf.compat import tf
+
+    order = tf.random.experimental.stateless_shuffle(tf.range(len(shards)), _pair(seed, epoch))
+    path, first, length = (tf.gather(column, order) for column in _columns(shards))
+    each = size(shards) // count
+    before = tf.cumsum(length, exclusive=True)
+    skipped = tf.clip_by_value(tf.cast(number, tf.int64) * each - before, 0, length)
+    end = tf.clip_by_value(tf.cast(number + 1, tf.int64) * each - before, 0, length)
+    columns = path, first + skipped, end - skipped
+    path, first, length = (tf.boolean_mask(column, end > skipped) for column in columns)
+    return path, first, length
+
+
+def _pair(seed: int, epoch: Any) -> Any:
+    from lth_tf.compat import tf
+
+    return tf.stack([tf.constant(seed % 2**63, tf.int64), tf.cast(epoch, tf.int64)])
+
+
+def _columns(shards: Sequence[Shard]) -> tuple[Any, Any, Any]:
+    from lth_tf.compat import tf
+
+    path, first, length = zip(*shards, strict=True)
+    return tf.constant(path), tf.constant(first, tf.int64), tf.constant(length, tf.int64)
+
+
+def records(shards: Sequence[Shard]) -> Any:
+    """Returns all records, of READERS shards in turn.
 
     Returns:
       A tf.data.Dataset of string [], serialised.
     """
+    return _read(_columns(shards), READERS, size(shards))
+
+
+def _read(columns: tuple[Any, Any, Any], readers: int, count: int) -> Any:
     from lth_tf.compat import tf
 
-    path, first, length = zip(*shards, strict=True)
-    columns = tf.constant(path), tf.constant(first, tf.int64), tf.constant(length, tf.int64)
-    if order is not None:
-        columns = tuple(tf.gather(column, order) for column in columns)
     found = tf.data.Dataset.from_tensor_slices(columns).interleave(
         lambda path, first, length: tf.data.TFRecordDataset(path).skip(first).take(length),
-        cycle_length=min(READERS, len(shards)),
+        cycle_length=readers,
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    return found.apply(tf.data.experimental.assert_cardinality(size(shards)))
+    return found.apply(tf.data.experimental.assert_cardinality(count))
 
 
 def decode(shape: tuple[int, int, int], record: Any, numbers: Any = None) -> tuple[Any, Any]:

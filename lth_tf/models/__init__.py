@@ -12,7 +12,7 @@ from typing import Any
 
 from lth_tf.compat import keras
 from lth_tf.errors import UserError
-from lth_tf.models import resnet, vgg
+from lth_tf.models import parts, resnet, vgg
 from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, require_images
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
@@ -36,7 +36,8 @@ def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> 
             raise UserError(
                 f"model {spec.model!r} has no {name} to choose; leave it at {getattr(Spec, name)!r}"
             )
-    return builder(input_shape, classes, seed, **options)
+    with parts.synchronized(spec.sync_batch_norm):
+        return builder(input_shape, classes, seed, **options)
 
 
 def _lenet(units: list[int]) -> Builder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,9 +94,15 @@ class StatelessDropout(keras.layers.Layer):
 
     def _drop(self, inputs: Any) -> Any:
         context = tf.distribute.get_replica_context()
-        replica = context.replica_id_in_sync_group if context else 0
-        key = tf.stack([tf.cast(self.seed * 1009 + replica, tf.int64), self.count.read_value()])
-        noise = tf.random.stateless_uniform(tf.shape(inputs), key)
+        replica, replicas = (
+            (context.replica_id_in_sync_group, context.num_replicas_in_sync) if context else (0, 1)
+        )
+        key = tf.stack([tf.constant(self.seed * 1009, tf.int64), self.count.read_value()])
+        # Drawn for the whole batch, so that any number of replicas drops the same.
+        shape = tf.shape(inputs)
+        first, n = replica * shape[0], shape[0]
+        noise = tf.random.stateless_uniform(tf.concat([[replicas * n], shape[1:]], 0), key)
+        noise = noise[first : first + n]
         with tf.control_dependencies([noise]):
             self.count.assign_add(1)
         scale = tf.cast(1 / (1 - self.rate), inputs.dtype)
@@ -119,6 +127,21 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(width * channels))
 
 
+_SYNCHRONIZED: contextvars.ContextVar[bool] = contextvars.ContextVar("synchronized", default=False)
+
+
+@contextlib.contextmanager
+def synchronized(on: bool) -> Iterator[None]:
+    """Within, `norm` takes its statistics over all replicas' shares of a batch, or over each's."""
+    token = _SYNCHRONIZED.set(on)
+    try:
+        yield
+    finally:
+        _SYNCHRONIZED.reset(token)
+
+
 def norm(name: str) -> Any:
     """Returns batch normalisation, momentum 0.9 and epsilon 1e-5: PyTorch's and the papers'."""
-    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)
+    return keras.layers.BatchNormalization(
+        momentum=0.9, epsilon=1e-5, name=name, synchronized=_SYNCHRONIZED.get()
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from lth_tf.analysis.winning import MARGIN, Point, Winning, points
@@ -64,6 +65,16 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
         f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {each} "
         f"level(s) and {controls} control(s); {plan.steps:,} steps in all"
     )
+
+
+def sweep_table(rows: Iterable[Sequence[str]], saved: int) -> Table:
+    """Returns the runs of a sweep, see `sweep.plan_rows`, and how many trainings trunks save."""
+    table = Table(caption=f"trunks save {saved} dense training(s)")
+    for column in ("run", "what", "dense network", "shard", "status"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _mean_and_spread(values: np.ndarray, form: str) -> str:
@@ -144,6 +155,10 @@ def bench_table(result: dict[str, Any]) -> Table:
     """Returns a bench's result as a table."""
     if "samples" in result:
         return _score_table(result)
+    if "images_per_second" in result:
+        return _stream_table(result)
+    if "bytes_per_step" in result:
+        return _scale_table(result)
     table = Table(title=f"{result['model']} on {result['dataset']}")
     if "steps_per_second" not in result:
         for name in ("seconds", "peak_memory_mb"):
@@ -156,6 +171,23 @@ def bench_table(result: dict[str, Any]) -> Table:
         ratio = result.get(f"ratio_{name}")
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
         table.add_row(name, shown, f"{ratio:.2f}x" if ratio else "")
+    return table
+
+
+def _scale_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['model']} on {result['dataset']}, batch {result['batch_size']}")
+    table.add_column("replicas", no_wrap=True)
+    for column in ("steps per second", "bytes per step", "packed over plain", "over kept entries"):
+        table.add_column(column, justify="right")
+    for name, rate in result["steps_per_second"].items():
+        packed, density = "packed" in name, name.split()[-1]
+        table.add_row(
+            name,
+            f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}",
+            f"{result['bytes_per_step'][name]:,}",
+            f"{result['ratio_packed'][density]:.2f}x" if packed else "",
+            f"{result['payload'][density]:.4f}x" if packed else "",
+        )
     return table
 
 
@@ -176,4 +208,26 @@ def _score_table(result: dict[str, Any]) -> Table:
             f"{above[name]:,.0f}",
             f"{above[name] / unit:.2f}x",
         )
+    return table
+
+
+def _stream_table(result: dict[str, Any]) -> Table:
+    rates, memory = result["images_per_second"], result["memory_mb"]
+    said = (
+        "resident memory over the second epoch: {lowest:,.0f} to {highest:,.0f} MB; while the "
+        "shuffle buffers are full within {spread:,.0f} MB; growth from epoch to epoch "
+        "{growth_per_1000_images:+.2f} MB per 1,000 images"
+    )
+    about = f"batch {result['batch_size']}; an epoch has {result['images_of_epoch']:,} images"
+    table = Table(
+        title=f"{result['model']} on {result['dataset']}, {about}",
+        caption=said.format(**memory) if memory else "resident memory: unknown on this system",
+    )
+    for column in ("", "images per second", "of training alone"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, rate in rates.items():
+        ratio = rate / rates["training"]
+        if name == "training_streamed":
+            ratio = result["ratio_streamed"]
+        table.add_row(name, f"{rate:,.0f}", f"{ratio:.2f}x")
     return table

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import pruning
+from lth_tf import distribution, pruning
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 
@@ -151,7 +151,7 @@ class Network:
     ) -> dict[str, np.ndarray]:
         """Returns the gradient of the mean loss over all examples; see `hessian_gradient`."""
         values, parts = self._values(kernels), _Parts(batches, summed=False)
-        total = _sum(self._call(self._gradient, values, part, loss) for part in parts)
+        total = self._summed(self._gradient, values, parts, loss)
         return dict(zip(self.kernels, total, strict=True))
 
     def hessian_gradient(
@@ -182,9 +182,9 @@ class Network:
         values, parts = self._values(kernels), _Parts(batches, summed)
         vector: list[Any] = []
         if len(parts.sizes) > 1:
-            whole = _sum(self._call(self._gradient, values, p, loss, temperature) for p in parts)
+            whole = self._summed(self._gradient, values, parts, loss, temperature)
             vector = [tf.constant(whole.pop(0)) for _ in self.kernels]
-        total = _sum(self._call(self._product, values, p, loss, temperature, vector) for p in parts)
+        total = self._summed(self._product, values, parts, loss, temperature, vector)
         if not any(np.any(t) for t in total):
             raise UserError(
                 f"the Hessian of model {self.model.name!r} times its gradient is zero everywhere: "
@@ -310,10 +310,41 @@ class Network:
             None if g is None else p for g, p in zip(gradient, products, strict=True)
         ]
 
-    def _call(
-        self, function: Any, values: list, part: tuple, loss: Loss, temperature: float = 1.0,
+    def _summed(
+        self, function: Any, values: list, parts: _Parts, loss: Loss, temperature: float = 1.0,
         *vector: list,
-    ) -> list[Any]:  # fmt: skip
+    ) -> list[np.ndarray]:  # fmt: skip
+        """The sum over all parts, which are dealt out to the devices of `distribution.scored_on`.
+
+        A part stays whole, and those of one process are added up in their order: the sum does
+        not depend on how many devices there are.
+        """
+        strategy = distribution.scored_on()
+        workers, count = distribution.workers_of(strategy), strategy.num_replicas_in_sync
+        devices = strategy.extended.worker_devices if count > 1 else (None,)
+        first = distribution.first_replica(strategy)
+
+        def results() -> Iterator[list[Any]]:
+            begun: list[tuple] = []
+            for i, part in enumerate(parts):
+                if 0 <= (here := i % count - first) < len(devices):
+                    with tf.device(devices[here]):  # a GPU goes on computing while others begin
+                        begun.append(self._begin(function, values, part, loss, temperature, vector))
+                    if len(begun) == len(devices):
+                        yield from (self._checked(*one) for one in begun)
+                        begun = []
+            yield from (self._checked(*one) for one in begun)
+
+        here = workers.agree(lambda: _sum(results()))
+        if workers.count == 1:
+            return here
+        blank = [np.zeros(value.shape, value.dtype.as_numpy_dtype) for value in values]
+        return workers.add(here or blank)
+
+    def _begin(
+        self, function: Any, values: list, part: tuple, loss: Loss, temperature: float,
+        vector: tuple,
+    ) -> tuple[Any, Any]:  # fmt: skip
         images, labels, weight = part
         images = tf.nest.map_structure(tf.convert_to_tensor, images)
         labels = self._fitting(values, images, labels)
@@ -323,6 +354,9 @@ class Network:
             value, result = function(*arguments)
         if function is self._product:
             self._refuse_moments(function.get_concrete_function(*arguments).graph)
+        return value, result
+
+    def _checked(self, value: Any, result: list) -> list[Any]:
         if missing := [n for n, r in zip(self.kernels, result, strict=True) if r is None]:
             raise UserError(
                 f"the loss of model {self.model.name!r} does not depend on {', '.join(missing)}: a "

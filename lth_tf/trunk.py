@@ -1,0 +1,123 @@
+"""Trunks: a dense training that several experiments share, since masks have no part in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lth_tf import checkpoints, storage
+from lth_tf.errors import UserError
+from lth_tf.spec import Spec
+from lth_tf.tickets import Ticket, load_ticket, load_trained
+
+# Fields of Spec that decide which masks there are, and what is trained under them. Any other
+# field changes the dense training, too, unless its metadata say `grows`.
+PRUNING = frozenset(
+    {
+        "recipe", "scope", "protect", "controls", "control_levels", "dense",
+        "density", "scorer", "rounds", "round_schedule", "samples_per_class", "score_batch_size",
+        "score_batch_norm", "score_loss", "temperature", "grasp_variant", "snip_variant",
+        "min_per_layer",
+        "prune_fraction", "prune_fraction_conv", "prune_fraction_output", "levels",
+        "target_density", "one_shot", "rewind_step", "retrain", "retrain_steps",
+    }
+)  # fmt: skip
+
+
+def trunk_fields(spec: Spec) -> dict[str, Any]:
+    """Returns what the dense training depends on: name -> value.
+
+    Besides fields of Spec that is `rewind_at`: the step whose weights a trunk must have kept.
+    """
+    return {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(spec)
+        if field.name not in PRUNING and not field.metadata.get("grows")
+    } | {"rewind_at": spec.rewind_at}
+
+
+def spec(run: Spec) -> Spec:
+    """Returns the experiment that is nothing but the dense trainings of `run`.
+
+    Equal for all experiments with equal `trunk_fields`, replicates and TensorBoard logs.
+    """
+    kept = {
+        field.name: getattr(run, field.name)
+        for field in dataclasses.fields(run)
+        if field.name not in PRUNING and field.metadata.get("recipe", "imp") == "imp"
+    }
+    return Spec(recipe="imp", levels=0, rewind_step=float(run.rewind_at), **kept)
+
+
+def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]) -> bool:
+    """Puts a trunk's dense training into `folder`, as if `ticket` had been trained there.
+
+    Args:
+      trunk_workdir: workdir of an experiment whose level 0 it is.
+      folder: level 0 of a replicate.
+      ticket: the dense ticket of that replicate.
+      files: names of the files to take, besides the TensorBoard logs. The mark that all is
+        there, trained.safetensors, comes last.
+
+    Returns:
+      Whether it was there and taken; False if the trunk has not finished it.
+
+    Raises:
+      UserError: there is no such folder, it holds another dense training (says what
+        differs), or one of its files is damaged.
+    """
+    if not Path(trunk_workdir).is_dir():
+        raise UserError(f"there is no trunk {os.fspath(trunk_workdir)!r}: no such folder")
+    source = Path(trunk_workdir) / f"replicate_{ticket.origin['replicate']:02d}" / "level_00"
+    if not (source / "ticket.safetensors").exists():
+        return False
+    _require_same(load_ticket(source / "ticket.safetensors"), ticket, source)
+    if not all((source / name).exists() for name in files):
+        return False
+    load_trained(source / "trained.safetensors")  # its checksum
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for log in sorted((source / "tensorboard").rglob("*")):
+        if log.is_file():
+            _place(log, folder / log.relative_to(source))
+    for name in sorted(files, key=lambda name: name == "trained.safetensors"):
+        if name == "rewind.safetensors":  # a ticket, which names its experiment
+            there = load_ticket(source / name)
+            dataclasses.replace(ticket, weights=there.weights, rewind_step=there.rewind_step).save(
+                folder / name
+            )
+        else:
+            _place(source / name, folder / name)
+    checkpoints.clear(folder)
+    return True
+
+
+def _require_same(theirs: Ticket, mine: Ticket, source: Path) -> None:
+    """Raises UserError unless two dense tickets are trained alike, from the same weights."""
+    there = {**theirs.origin, **trunk_fields(theirs.spec)}
+    here = {**mine.origin, **trunk_fields(mine.spec)}
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if names:
+        listed = "; ".join(f"{n} is {there.get(n)!r} there, {here.get(n)!r} here" for n in names)
+        raise UserError(
+            f"{os.fspath(source)!r} is no trunk of this experiment: {listed}; give the trunk of "
+            "the same dense training, or none"
+        )
+
+
+def _place(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`; across file systems a copy."""
+    with storage.explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+        beside = target.with_name(f".{target.name}.copy")
+        shutil.copyfile(source, beside)
+        os.replace(beside, target)

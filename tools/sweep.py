@@ -1,0 +1,45 @@
+"""lth-sweep: a grid of experiments, N at a time or as tasks of an array, with one index."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import rich
+from absl import flags
+
+import lth_tf.flags
+from lth_tf import sweep
+from lth_tf.report.tables import sweep_table
+
+PRESETS = flags.DEFINE_list("presets", None, "comma-separated: presets, or paths of flag files.")
+SEEDS = flags.DEFINE_list("seeds", None, "comma-separated: values of --seed.")
+DENSITIES = flags.DEFINE_list("densities", None, "comma-separated: --density/--target_density.")
+SCORERS = flags.DEFINE_list("scorers", None, "comma-separated: values of lth-oneshot's --scorer.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything.", required=True)
+JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+SHARD = flags.DEFINE_string("shard", None, "i/n, i from 1: a part of the grid (default: Slurm's).")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
+PLAN = flags.DEFINE_bool("plan", False, "Print the grid, and stop.")
+
+
+def main(passed: list[str]) -> int:
+    """Plans and runs."""
+    grid = sweep.grid(PRESETS.value, SEEDS.value, DENSITIES.value, SCORERS.value, passed)
+    shard, workdir = sweep.shard_of(SHARD.value), Path(WORKDIR.value)
+    if not PLAN.value:
+        return sweep.sweep(grid, workdir, jobs=JOBS.value, shard=shard, data_dir=DATA_DIR.value)
+    rich.print(sweep_table(sweep.plan_rows(grid, workdir, shard), grid.saved))
+    return 0
+
+
+def run() -> None:
+    """Entry point of the console command; what is after -- goes to every run."""
+    at = [*sys.argv, "--"].index("--")
+    passed, sys.argv = sys.argv[at + 1 :], sys.argv[:at]
+    lth_tf.flags.run(functools.partial(main, passed))
+
+
+if __name__ == "__main__":
+    run()
