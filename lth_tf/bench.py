@@ -13,11 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lth_tf import distribution, feeds, masks, models, pruning
+from lth_tf.checkpoints import save
 from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
@@ -26,7 +28,7 @@ from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
-from lth_tf.training import OPTIMIZERS, Trainer, initial_weights, policy
+from lth_tf.training import OPTIMIZERS, State, Trainer, initial_weights, policy
 
 DENSITY = 0.2
 SCALE_DENSITIES = 1.0, 0.2, 0.05
@@ -200,6 +202,58 @@ def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
         packed = trainers["2 packed"].reduction.bytes(mask)
         result["payload"][f"{density:g}"] = packed / least
     return result
+
+
+def checkpoints(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
+    """Measures what checkpoints cost a training, on the file system of temporary files.
+
+    Args:
+      spec: the experiment, with its checkpoint_every.
+      dataset: images and labels.
+      steps: of a training, evaluations included.
+      rounds: how many trainings.
+
+    Returns:
+      checkpoints (of a training), seconds_per_checkpoint (median) and its megabytes; seconds
+      of a training (median); share, of those in checkpoints.
+    """
+    trainer = Trainer(spec, dataset)
+    weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
+    mask = masks.ones({name: weights[name].shape for name in kernels})
+    trainer.train(weights, mask, 0, min(steps, spec.eval_every))  # traces and compiles
+    taken: list[float] = []
+    own = trainer._variables
+
+    def variables() -> dict[str, np.ndarray]:
+        taken.append(time.perf_counter())
+        return own()
+
+    trainer._variables = variables  # type: ignore[method-assign]
+    seconds, size = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def keep(state: State) -> None:
+            save(folder, state)
+            taken[-1] = time.perf_counter() - taken[-1]
+
+        for _ in range(rounds):
+            began = time.perf_counter()
+            trainer.train(weights, mask, 0, steps, keep=keep)
+            seconds.append(time.perf_counter() - began)
+        size = max((path.stat().st_size for path in folder.iterdir()), default=0)
+    if not taken:
+        raise UserError(f"no checkpoint within {steps} steps; give --block more than that")
+    return {
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "steps": steps,
+        "checkpoints": len(taken) // rounds,
+        "seconds_per_checkpoint": statistics.median(taken),
+        "megabytes": size / 2**20,
+        "seconds": statistics.median(seconds),
+        "share": sum(taken) / sum(seconds),
+    }
 
 
 def score(spec: Spec, input_shape: tuple[int, ...], classes: int, rounds: int) -> dict[str, Any]:

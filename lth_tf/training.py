@@ -433,8 +433,8 @@ class Trainer:
         for name, parts in self._parts():
             if len(parts) == 1:
                 shared[name] = parts[0].numpy()
-            for i, part in enumerate(parts):
-                own[f"replica_{first + i}/{name}"] = part.numpy()
+            else:
+                own |= {f"replica_{first + i}/{name}": p.numpy() for i, p in enumerate(parts)}
         for arrays, _ in self.workers.each((own, None)):
             shared |= arrays
         return shared
@@ -444,6 +444,11 @@ class Trainer:
         for name, parts in self._parts():
             for i, part in enumerate(parts):
                 key = name if len(parts) == 1 else f"replica_{first + i}/{name}"
+                if key not in state.variables:
+                    raise UserError(
+                        f"the checkpoint of step {state.step} lacks {key!r}: another version of "
+                        "lth_tf wrote it; delete the level's checkpoint_* files to train it anew"
+                    )
                 part.assign(state.variables[key])
 
     def _parts(self) -> Iterator[tuple[str, list[Any]]]:
@@ -452,6 +457,9 @@ class Trainer:
             yield f"weights/{name}", distribution.components(variable)
         for i, variable in enumerate(optimizer_state(self.optimizer)):
             yield f"optimizer/{i:04d}", distribution.components(variable)
+        rate = pruning.inner_optimizer(self.optimizer)._learning_rate  # a callback may change it
+        if isinstance(rate, tf.Variable):
+            yield "optimizer/learning_rate", [rate]
 
     def _row(
         self, rows: list, step: int, loss: float | None, hooks: Any, began: float, last: bool

@@ -13,6 +13,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", low
 lth_tf.flags.define_spec("imp", "one_shot")  # after --rounds, which is not the Spec's here
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 BLOCK = flags.DEFINE_integer("block", 500, "Steps per contender and round.", lower_bound=1)
+COMMANDS = "train", "start", "scale", "checkpoints", "score", "stream"
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -26,6 +27,7 @@ def main(command: str) -> None:
         "train": lambda: bench.train(spec, data, BLOCK.value, rounds),
         "start": lambda: bench.start(spec, DATA_DIR.value, rounds),
         "scale": lambda: bench.scale(spec, data, BLOCK.value, rounds),
+        "checkpoints": lambda: bench.checkpoints(spec, data, BLOCK.value, rounds),
         "score": lambda: bench.score(spec, data.input_shape, data.classes, rounds),
         "stream": lambda: bench_stream.stream(spec, data, BLOCK.value, rounds),
     }[command]()
@@ -35,7 +37,7 @@ def main(command: str) -> None:
 
 def run() -> None:
     """Entry point of the console command."""
-    lth_tf.flags.run(main, commands=("train", "start", "scale", "score", "stream"))
+    lth_tf.flags.run(main, commands=COMMANDS)
 
 
 if __name__ == "__main__":

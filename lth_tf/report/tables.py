@@ -157,6 +157,8 @@ def bench_table(result: dict[str, Any]) -> Table:
         return _score_table(result)
     if "images_per_second" in result:
         return _stream_table(result)
+    if "checkpoints" in result:
+        return _checkpoints_table(result)
     if "bytes_per_step" in result:
         return _scale_table(result)
     table = Table(title=f"{result['model']} on {result['dataset']}")
@@ -171,6 +173,20 @@ def bench_table(result: dict[str, Any]) -> Table:
         ratio = result.get(f"ratio_{name}")
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
         table.add_row(name, shown, f"{ratio:.2f}x" if ratio else "")
+    return table
+
+
+def _checkpoints_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['model']} on {result['dataset']}, {result['steps']:,} steps")
+    for column in ("seconds", "checkpoints", "seconds each", "MB each", "share of the time"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{result['seconds']:.1f}",
+        f"{result['checkpoints']}",
+        f"{result['seconds_per_checkpoint']:.3f}",
+        f"{result['megabytes']:.1f}",
+        f"{result['share']:.2%}",
+    )
     return table
 
 

@@ -1,0 +1,316 @@
+"""One, two and four replicas, and two real workers: the same mathematics, and clear ends."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_training import DIGITS, TWO, same, spec, start
+
+from lth_tf import distribution, experiment, masks, picking, pruning, tickets
+from lth_tf.compat import tf
+from lth_tf.errors import UserError
+from lth_tf.scorers import one_shot_mask, score
+from lth_tf.spec import Spec
+from lth_tf.training import Trainer, plain_model
+
+FOUR = {"distribute": "mirrored", "devices": 4}
+REPLICAS = {1: {}, 2: TWO, 4: FOUR}
+
+
+# The same mathematics.
+
+
+@pytest.mark.parametrize("communication", ["plain", "packed"])
+def test_float64_losses_of_one_two_and_four_replicas(communication):
+    losses = {}
+    for count, changes in REPLICAS.items():
+        s = spec(
+            precision="float64", batch_size=60, train_steps=100, eval_every=1, validation_size=77,
+            weight_decay=1e-3, communication=communication, **changes,
+        )  # fmt: skip
+        weights, mask = start(s)
+        rows = Trainer(s, DIGITS).train(weights, mask, 0, 100).rows
+        losses[count] = [[r["loss"] or 0, r["validation_loss"]] for r in rows]
+    for count in (2, 4):
+        np.testing.assert_allclose(losses[count], losses[1], rtol=1e-10)
+
+
+def test_float64_iterative_pruning_ends_with_the_same_masks(tmp_path):
+    found = {}
+    for count, changes in REPLICAS.items():
+        s = spec(precision="float64", batch_size=60, train_steps=100, eval_every=50, levels=4,
+                 scope="global", augmentation="flip_crop", **changes)  # fmt: skip
+        experiment.imp(s, tmp_path / str(count), DIGITS)
+        paths = sorted((tmp_path / str(count)).rglob("ticket.safetensors"))
+        found[count] = [tickets.load_ticket(path).mask for path in paths]
+    assert len(found[1]) == 5 and masks.density(found[1][4]) < 0.5
+    for count in (2, 4):
+        assert all(same(a, b) for a, b in zip(found[1], found[count], strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("scorer", ["grasp", "snip", "synflow"])
+def test_scores_and_masks_do_not_depend_on_the_number_of_devices(scorer, precision):
+    """In one process not by a bit: micro-batches stay whole, and are added up in their order."""
+    s = Spec(
+        recipe="one_shot", dataset="digits", model="conv2", scorer=scorer, precision=precision,
+        samples_per_class=7, score_batch_size=15, validation_size=100,
+    )  # fmt: skip
+    model = plain_model(s, (8, 8, 1), 10, 0)
+    data = None if scorer == "synflow" else picking.batches(s, DIGITS, 0)
+    options = {"rounds": 2, "density": 0.1, **picking.options(s, 0)}
+    found = []
+    for changes in REPLICAS.values():
+        strategy = distribution.strategy_of(dataclasses.replace(s, **changes, batch_size=60))
+        with distribution.scoring(strategy):
+            scores = score(model, scorer, data, **picking.options(s, 0))
+            found.append((scores, one_shot_mask(model, scorer, data, **options)))
+    assert data is None or len(data) == 5  # which neither two nor four divide
+    for scores, mask in found[1:]:
+        assert same(scores, found[0][0]) and same(mask, found[0][1])
+
+
+def test_a_strategys_own_scope_gives_scorers_its_devices(monkeypatch):
+    used = []
+    device = tf.device
+    monkeypatch.setattr(tf, "device", lambda name: used.append(name) or device(name))
+    s = Spec(recipe="one_shot", dataset="digits", model="lenet_20_10", scorer="snip",
+             samples_per_class=4, score_batch_size=10, validation_size=100)  # fmt: skip
+    model = plain_model(s, (8, 8, 1), 10, 0)
+    with distribution.strategy_of(spec(**TWO)).scope():
+        score(model, "snip", picking.batches(s, DIGITS, 0))
+    assert {str(name)[-5:] for name in used if name} >= {"CPU:0", "CPU:1"}
+
+
+def test_float32_gradient_of_one_step_on_four_replicas():
+    changes = {"optimizer": "sgd", "learning_rate": 1.0, "batch_size": 60, "weight_decay": 0.01}
+    before, mask = start(spec())
+    after = {
+        count: Trainer(spec(**changes, **REPLICAS[count]), DIGITS).train(before, mask, 0, 1).weights
+        for count in (1, 4)
+    }
+    for name, w in before.items():
+        gradient = w - after[1][name]
+        wrong = np.abs(after[4][name] - after[1][name]).max()
+        # The weights themselves are rounded to 6e-8 of their size.
+        assert wrong <= 1e-6 * np.abs(gradient).max() + 1.2e-7 * np.abs(w).max(), name
+
+
+@pytest.mark.parametrize("model", ["thin_norm", "conv2_dropout"])
+def test_every_replica_ends_with_the_same_variables_and_repeats(thin_norm, model):
+    s = spec(**TWO, model=model, train_steps=12, eval_every=8, precision="mixed_bfloat16",
+             weight_decay=1e-3, communication="packed")  # fmt: skip
+    weights, mask = start(s)
+    ends = []
+    for _ in range(2):
+        trainer = Trainer(s, DIGITS)
+        ends.append(trainer.train(weights, mask, 0, 12).weights)
+        for variable in (*trainer.model.variables, *trainer.optimizer.variables):
+            copies = [copy.numpy() for copy in variable.values]
+            if len(distribution.components(variable)) == 1:
+                assert len(copies) == 2 and np.array_equal(*copies), variable.name
+    assert same(*ends)
+    pruning.check(trainer.model, trainer.optimizer)
+
+
+def test_dropout_drops_the_same_on_any_number_of_replicas():
+    changes = {"model": "conv2_dropout", "precision": "float64", "train_steps": 3, "eval_every": 3}
+    weights, mask = start(spec(**changes))
+    ends = [
+        Trainer(spec(**changes, **REPLICAS[count]), DIGITS).train(weights, mask, 0, 3).weights
+        for count in (1, 2)
+    ]
+    for name, w in ends[0].items():
+        np.testing.assert_allclose(ends[1][name], w, rtol=1e-9, atol=1e-13)
+
+
+def test_synchronized_batch_norm_sees_the_global_batch(thin_norm):
+    changes = {"model": thin_norm, "precision": "float64", "train_steps": 10, "eval_every": 5}
+    weights, mask = start(spec(**changes))
+
+    def rows(**more):
+        s = spec(**changes, **more)
+        return [r["validation_loss"] for r in Trainer(s, DIGITS).train(weights, mask, 0, 10).rows]
+
+    alone = rows()
+    np.testing.assert_allclose(rows(sync_batch_norm=True, **TWO), alone, rtol=1e-9)
+    assert not np.allclose(rows(**TWO), alone, rtol=1e-6)
+
+
+def test_what_is_evaluated_is_what_is_saved(thin_norm):
+    """Each replica has moving statistics of its own; their mean is saved."""
+    s = spec(**TWO, model=thin_norm, precision="float64", train_steps=10, eval_every=10)
+    weights, mask = start(s)
+    trained = Trainer(s, DIGITS).train(weights, mask, 0, 10)
+    one = Trainer(dataclasses.replace(s, distribute="none", devices=None), DIGITS)
+    one.train(trained.weights, mask, 0, 0)
+    assert one.evaluate("test")[0] == pytest.approx(trained.rows[-1]["test_loss"], rel=1e-12)
+
+
+# Which devices.
+
+
+def test_auto_is_none_where_there_is_no_gpu_and_says_so_in_the_spec():
+    found = distribution.resolve(Spec())
+    assert (found.distribute, found.devices) == ("none", None)
+    assert distribution.resolve(spec(distribute="mirrored", batch_size=60)).devices == 4
+    assert distribution.resolve(Spec(devices=1)).distribute == "none"
+
+
+@pytest.mark.skipif(
+    len(tf.config.list_physical_devices("GPU")) < 2, reason="needs two GPUs, which are not here"
+)
+def test_auto_takes_all_gpus_and_trains():
+    s = spec(batch_size=60 * len(tf.config.list_physical_devices("GPU")))
+    trainer = Trainer(s, DIGITS)
+    assert all("GPU" in device for device in trainer.strategy.extended.worker_devices)
+    weights, mask = start(s)
+    assert trainer.train(weights, mask, 0, 20).rows[-1]["loss"] < 3
+
+
+# Workers: real processes.
+
+ALIKE = [
+    "--dataset=digits", "--model=lenet_64_32", "--validation_size=200", "--batch_size=60",
+    "--eval_every=100", "--compile=off", "--precision=float64", "--worker_timeout=30",
+]  # fmt: skip
+IMP = [*ALIKE, "--levels=2", "--train_steps=300", "--checkpoint_every=50", "--rewind_step=40"]
+PICK = [
+    *ALIKE, "--scorer=grasp", "--density=0.1", "--train_steps=50", "--samples_per_class=7",
+    "--score_batch_size=30", "--controls=invert",
+]  # fmt: skip
+
+
+def ports(count):
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    found = [each.getsockname()[1] for each in held]
+    for each in held:
+        each.close()
+    return found
+
+
+def begin(tool, flags, workdir, count=2):
+    """Starts that many workers of lth-imp or lth-oneshot."""
+    addresses = [f"127.0.0.1:{port}" for port in ports(count)]
+    processes = []
+    for index in range(count):
+        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        words = [f"--workdir={workdir}", "--distribute=multi_worker", *flags]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", f"lth_tf.tools.{tool}", *words],
+                env={**os.environ, "TF_CONFIG": json.dumps(config)}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+        )
+    return processes
+
+
+def ended(processes, within=90):
+    """Exit codes, and what each wrote to stdout and stderr."""
+    try:
+        told = [process.communicate(timeout=within) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], told
+
+
+def contents(workdir):
+    """Tickets and trained weights, byte for byte."""
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("workers") / "imp"
+    codes, told = ended(begin("imp", IMP, workdir))
+    assert codes == [0, 0], told
+    return workdir, told
+
+
+def alone(recipe, words, workdir):
+    from lth_tf import flags
+
+    s = flags.parse([w for w in words if not w.startswith("--worker_timeout")], recipe)
+    experiment.RECIPES[recipe](s, workdir, DIGITS)
+
+
+def require_same_masks(one, other, count):
+    paths = sorted(one.rglob("ticket.safetensors"))
+    assert len(paths) == count
+    for path in paths:
+        mine, theirs = (tickets.load_ticket(p) for p in (path, other / path.relative_to(one)))
+        assert same(mine.mask, theirs.mask)
+
+
+def test_two_workers_end_with_the_masks_of_one_process(two_workers, tmp_path):
+    workdir, told = two_workers
+    alone("imp", IMP, tmp_path)
+    require_same_masks(tmp_path, workdir, 3)
+    assert json.loads((workdir / "spec.json").read_text())["workers"] == 2
+    assert "early stop at" in told[0][0] and not told[1][0]  # the chief alone reports
+    assert not list(workdir.rglob("checkpoint_*"))
+
+
+def test_two_workers_pick_the_masks_of_one_process(tmp_path):
+    codes, told = ended(begin("one_shot", PICK, tmp_path / "two"))
+    assert codes == [0, 0], told
+    alone("one_shot", PICK, tmp_path / "one")
+    require_same_masks(tmp_path / "one", tmp_path / "two", 2)
+
+
+@pytest.mark.parametrize("victim", [1])
+def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
+    two_workers, tmp_path, victim
+):
+    calm, workdir = two_workers[0], tmp_path / "imp"
+    processes = begin("imp", IMP, workdir)
+    level = workdir / "replicate_00" / "level_01"
+    while not list(level.glob("checkpoint_*")) and processes[0].poll() is None:
+        time.sleep(0.01)
+    processes[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    codes, told = ended(processes, within=45)
+    assert codes == [1, -signal.SIGKILL], told
+    assert "level 1 ticket: a worker has ended or does not answer" in told[0][1]
+    assert "start the same command on all workers again" in told[0][1]
+    assert time.monotonic() - began < 40
+    codes, told = ended(begin("imp", IMP, workdir))
+    assert codes == [0, 0], told
+    assert "level 1 ticket: goes on at step" in told[0][0]
+    assert contents(workdir) == contents(calm)
+
+
+def test_a_chief_that_cannot_write_is_an_error_on_every_worker(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    began = time.monotonic()
+    codes, told = ended(begin("imp", IMP, tmp_path / "file" / "workdir"))
+    assert codes == [1, 1] and time.monotonic() - began < 60
+    for _, error in told:
+        assert "cannot write" in error and "in the way of a folder" in error
+        assert "Traceback" not in error
+
+
+def test_without_a_cluster_several_workers_are_refused(monkeypatch):
+    for name in ("TF_CONFIG", "SLURM_JOB_ID", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="nothing says who they are.*launch_local"):
+        distribution.resolve(spec(distribute="multi_worker"))
+
+
+def test_a_process_that_has_computed_cannot_join(monkeypatch):
+    (port,) = ports(1)
+    config = {"cluster": {"worker": [f"127.0.0.1:{port}"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    with pytest.raises(UserError, match="cannot join a cluster any more"):
+        distribution.resolve(spec(distribute="multi_worker"))
+    with pytest.raises(UserError, match="workers 3 are asked for, but the cluster has 1"):
+        distribution.resolve(spec(distribute="multi_worker", workers=3))
