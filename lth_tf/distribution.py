@@ -123,17 +123,18 @@ def join(spec: Spec) -> Any:
                 f"{', '.join(here.workers)}"
             )
         gpus = len(tf.config.list_physical_devices("GPU"))
-        if (spec.devices or 1) > max(gpus, 1):
-            problem = f"devices {spec.devices} are asked for, but it has {gpus or 'no'} GPUs"
-        else:
-            problem = None
-        statement = {**spec.identity(), "devices": spec.devices or max(gpus, 1)}
+        each, problem = spec.devices or max(gpus, 1), None
+        try:
+            if each > max(gpus, 1):
+                raise _absent(each, [str(i) for i in range(gpus)], "GPUs")
+            replicas = each * len(here.workers)
+            _require_divisible(spec, replicas, f"{replicas} replicas")
+        except UserError as error:
+            problem = str(error)  # the others are waiting, and hear it, too
+        statement = {**spec.identity(), "devices": each}
         cluster.meet(here, statement, spec.worker_timeout, problem)
-        _joined.append(_connect(spec, here, spec.devices or gpus))
-    strategy = _joined[0]
-    replicas = strategy.num_replicas_in_sync
-    _require_divisible(spec, replicas, f"{replicas} replicas")
-    return strategy
+        _joined.append(_connect(spec, here, each if gpus else 0))
+    return _joined[0]
 
 
 def _connect(spec: Spec, here: cluster.Cluster, gpus: int) -> Any:

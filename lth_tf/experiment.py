@@ -298,14 +298,19 @@ class Laboratory:
         variables, about = self.workers.share(last)
         state = State(**{**about, "variables": variables}) if about else None
         callbacks: list[Any] = []
+        bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
         if self.workers.chief:
             if state is None:
                 shutil.rmtree(logs, ignore_errors=True)
-            bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
             callbacks.append(
                 Summaries(logs, histograms=self.spec.histograms, bytes_per_step=bytes_per_step)
             )
         if self.progress:
+            if bytes_per_step:
+                replicas = self.trainer.strategy.num_replicas_in_sync
+                self.progress.say(
+                    f"{what}: each of {replicas} replicas gives {bytes_per_step:,} bytes per step"
+                )
             if state:
                 self.progress.say(f"{what}: goes on at step {state.step:,} of {stop:,}")
                 self.progress.skip(state.step - start)

@@ -428,7 +428,8 @@ class Trainer:
 
     def _variables(self) -> dict[str, np.ndarray]:
         """Returns all that training changes: what replicas share, then each replica's own."""
-        shared, own = {}, {}
+        shared: dict[str, np.ndarray] = {}
+        own: dict[str, np.ndarray] = {}
         first = distribution.first_replica(self.strategy)
         for name, parts in self._parts():
             if len(parts) == 1:

@@ -197,15 +197,16 @@ def ports(count):
 
 
 def begin(tool, flags, workdir, count=2):
-    """Starts that many workers of lth-imp or lth-oneshot."""
+    """Starts that many workers of lth-imp or lth-oneshot, or of Python with these arguments."""
     addresses = [f"127.0.0.1:{port}" for port in ports(count)]
     processes = []
     for index in range(count):
         config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         words = [f"--workdir={workdir}", "--distribute=multi_worker", *flags]
+        words = ["-m", f"lth_tf.tools.{tool}", *words] if isinstance(tool, str) else tool
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", f"lth_tf.tools.{tool}", *words],
+                [sys.executable, *words],
                 env={**os.environ, "TF_CONFIG": json.dumps(config)}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
@@ -289,6 +290,51 @@ def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
     assert contents(workdir) == contents(calm)
 
 
+FLOAT32 = """
+import numpy as np, sys
+from lth_tf import datasets, distribution, masks, picking
+from lth_tf.compat import tf
+from lth_tf.scorers import one_shot_mask, score
+from lth_tf.spec import Spec
+from lth_tf.training import plain_model
+
+s = Spec(recipe="one_shot", dataset="digits", model="conv2", samples_per_class=8,
+         score_batch_size=16, validation_size=100, distribute="multi_worker")
+strategies = distribution.strategy_of(s), tf.distribute.get_strategy()
+data, model = picking.batches(s, datasets.load("digits"), 0), plain_model(s, (8, 8, 1), 10, 0)
+for scorer in ("grasp", "snip"):
+    found = []
+    for strategy in strategies:
+        with distribution.scoring(strategy):
+            found.append(score(model, scorer, data))
+            found.append(one_shot_mask(model, scorer, data, density=0.1))
+    for name, wanted in found[2].items():
+        assert np.abs(found[0][name] - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
+    same = sum((found[1][n] == m).sum() for n, m in found[3].items())
+    both = sum((found[1][n] & m).sum() for n, m in found[3].items())
+    assert same >= 0.999 * masks.size(found[3]) and both >= 0.999 * masks.kept(found[3])
+    changed = any((found[0][n] != found[2][n]).any() for n in found[0])
+    print(scorer, "was added up in another order" if changed else "was not shared out")
+sys.stdout.flush()
+"""
+
+
+def test_float32_scores_of_two_workers():
+    codes, told = ended(begin(["-c", FLOAT32], [], None))
+    assert codes == [0, 0], told
+    for out, _ in told:
+        assert out.count("was added up in another order") == 2
+
+
+def test_a_batch_that_the_replicas_do_not_divide_is_an_error_on_every_worker():
+    flags = [*IMP, "--batch_size=61"]
+    codes, told = ended(begin("imp", flags, None))
+    assert codes == [1, 1]
+    for _, error in told:
+        assert "batch_size 61 cannot be divided among 2 replicas" in error
+        assert "Traceback" not in error
+
+
 def test_a_chief_that_cannot_write_is_an_error_on_every_worker(tmp_path):
     (tmp_path / "file").write_text("in the way")
     began = time.monotonic()
@@ -307,6 +353,7 @@ def test_without_a_cluster_several_workers_are_refused(monkeypatch):
 
 
 def test_a_process_that_has_computed_cannot_join(monkeypatch):
+    tf.zeros(1)
     (port,) = ports(1)
     config = {"cluster": {"worker": [f"127.0.0.1:{port}"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
