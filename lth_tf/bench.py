@@ -51,6 +51,16 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[f
     return seconds
 
 
+def alone(spec: Spec) -> Spec:
+    """Returns the spec on one replica; raises UserError where it asks for others."""
+    if spec.distribute not in ("auto", "none") or spec.devices:
+        raise UserError(
+            "this compares what one replica does; leave --distribute and --devices out, or use "
+            "lth-bench scale"
+        )
+    return dataclasses.replace(spec, distribute="none")
+
+
 def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
     """Compares training loops on the same model, data, batch size and optimizer.
 
@@ -71,7 +81,7 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     """
     if isinstance(dataset, Streamed):
         raise UserError(f"dataset {spec.dataset!r} is streamed; `fit` is fed from memory here")
-    trainer = Trainer(spec, dataset)
+    trainer = Trainer(alone(spec), dataset)
     weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
     scores = SCORERS["magnitude"](None, {name: weights[name] for name in kernels})
     mask = SCOPES["layerwise"](scores, DENSITY)
@@ -83,12 +93,6 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     repeats = -(-steps * spec.batch_size // len(images))
     x = np.concatenate([images] * repeats)[: steps * spec.batch_size]
     y = np.concatenate([dataset.train_labels] * repeats)[: steps * spec.batch_size]
-
-    block = min(CHUNK, spec.eval_every)
-
-    def ours() -> None:
-        for step in range(0, steps, block):
-            trainer.advance(step, min(step + block, steps), spec.seed)
 
     def plain() -> Any:
         with policy(spec.precision):
@@ -108,7 +112,7 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     wrapped = tfmot.sparsity.keras.prune_low_magnitude(plain(), pruning_schedule=schedule)
     seconds = alternate(
         {
-            "lth_tf": ours,
+            "lth_tf": _advancing(trainer, steps),
             "fit": fit(plain()),
             "fit_100": fit(plain(), steps_per_execution=100, jit_compile=compiled),
             "tfmot_fit": fit(wrapped, (tfmot.sparsity.keras.UpdatePruningStep(),)),
@@ -128,6 +132,16 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
         ratios = [b / a for a, b in zip(seconds["lth_tf"], seconds[name], strict=True)]
         result[f"ratio_{name}"] = statistics.median(ratios)
     return result
+
+
+def _advancing(trainer: Trainer, steps: int) -> Contender:
+    block = min(CHUNK, trainer.spec.eval_every)
+
+    def run() -> None:
+        for step in range(0, steps, block):
+            trainer.advance(step, min(step + block, steps), trainer.spec.seed)
+
+    return run
 
 
 def two_replicas(spec: Spec) -> Spec:
@@ -153,8 +167,7 @@ def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
       by density, the median over rounds of packed over plain speed; payload, the
       bytes of packed over those of the kept entries and the other trainable weights alone.
     """
-    alone = dataclasses.replace(spec, distribute="none", devices=None, compile="off")
-    one = Trainer(alone, dataset)
+    one = Trainer(dataclasses.replace(alone(spec), compile="off"), dataset)
     trainers = {"1": one}
     for way in ("plain", "packed"):
         trainers[f"2 {way}"] = Trainer(
@@ -178,20 +191,12 @@ def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
         "ratio_packed": {},
         "payload": {},
     }
-    block = min(CHUNK, spec.eval_every)
     for density in SCALE_DENSITIES:
         mask = SCOPES["layerwise"](scores, density)
-
-        def of(trainer: Trainer, mask: dict = mask) -> Contender:
+        for trainer in trainers.values():
             trainer.train(masks.apply(mask, weights), mask, 0, 0)  # puts them in
-
-            def run() -> None:
-                for step in range(0, steps, block):
-                    trainer.advance(step, min(step + block, steps), spec.seed)
-
-            return run
-
-        seconds = alternate({name: of(trainer) for name, trainer in trainers.items()}, rounds)
+        contenders = {name: _advancing(trainer, steps) for name, trainer in trainers.items()}
+        seconds = alternate(contenders, rounds)
         for name, values in seconds.items():
             key = f"{name}, density {density:g}"
             result["steps_per_second"][key] = steps / statistics.median(values)
@@ -273,7 +278,7 @@ def score(spec: Spec, input_shape: tuple[int, ...], classes: int, rounds: int) -
       seconds by name (medians), ratio_seconds (median over rounds of the ratio to gradient),
       peak_memory_mb of a process of its own, and the same above one that only builds the model.
     """
-    contenders = _scorers(spec, input_shape, classes)
+    contenders = _scorers(alone(spec), input_shape, classes)
     seconds = alternate({n: c for n, c in contenders.items() if n != "nothing"}, rounds)
     peaks = {}
     for name in contenders:
@@ -363,8 +368,10 @@ def start(spec: Spec, data_dir: str | None, rounds: int) -> dict[str, Any]:
     Returns:
       seconds (median, data already cached) and peak_memory_mb (largest).
     """
+    alone(spec)
     command = [
         sys.executable, "-m", "lth_tf.tools.imp", "--levels=0", "--train_steps=100",
+        "--distribute=none",
         f"--model={spec.model}", f"--dataset={spec.dataset}", f"--batch_size={spec.batch_size}",
         f"--validation_size={spec.validation_size}",
         *([f"--data_dir={data_dir}"] if data_dir else []),

@@ -8,10 +8,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lth_tf import storage
 from lth_tf.errors import UserError
-from lth_tf.training import State
+from lth_tf.training import Interrupted, State
 
 KEPT = 2
 _PATTERN = "checkpoint_*.safetensors"
@@ -46,9 +47,10 @@ def latest(folder: Path, say: Callable[[str], None]) -> State | None:
                 raise UserError(f"{str(path)!r} is not a checkpoint")
             about["rows"] = tuple(about["rows"])
             return State(**{**about, "variables": variables})
-        except UserError as error:
+        except (UserError, KeyError, TypeError) as error:
             say(f"a checkpoint is damaged, going on from the one before, or anew: {error}")
-            path.unlink(missing_ok=True)
+            with storage.explained(path):
+                path.unlink(missing_ok=True)
     return None
 
 
@@ -59,15 +61,41 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+class Asked:
+    """Says whether the process was asked to end, by SIGTERM, while it was patient."""
+
+    def __init__(self) -> None:
+        self._came = self._patient = False
+
+    def __call__(self) -> bool:
+        """Whether it was."""
+        return self._came
+
+    @contextlib.contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Within, the process is not ended at once, for there is a state to be kept."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def take(self, *_: Any) -> None:
+        """The handler of SIGTERM."""
+        self._came = True
+        if not self._patient:
+            raise Interrupted("stopped by SIGTERM; what is finished is kept")
+
+
 @contextlib.contextmanager
-def terminations() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM does not end the process; yields a function that says whether it came."""
-    asked = threading.Event()
+def terminations() -> Iterator[Asked]:
+    """Within, SIGTERM raises Interrupted; where something is done `patiently` it is only noted."""
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():  # where Python has no signals
-        yield asked.is_set
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, asked.take)
     try:
-        yield asked.is_set
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -40,7 +40,8 @@ def run(
     workers = distribution.workers_of(distribution.join(spec))
     console.quiet = not workers.chief
     try:
-        _run(console, spec, data_dir, workdir, plan_only, options, workers)
+        with distribution.lost():
+            _run(console, spec, data_dir, workdir, plan_only, options, workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # TensorFlow would wait for the others at its exit, and they for this one.
@@ -56,17 +57,23 @@ def _run(
     options: dict[str, Any],
     workers: distribution.Workers | None = None,
 ) -> None:
+    if not plan_only:
+        spec = distribution.resolve(spec)  # before anything is computed
+
     def load() -> Any:
         return datasets.load(spec.dataset, data_dir)
 
-    data = workers.agree(load) if workers else load()
+    if workers:
+        workers.share(lambda: ({}, bool(load())))  # the chief alone prepares what is not there yet
+        data = workers.agree(load)
+    else:
+        data = load()
     planned = experiment.plan(spec, data.input_shape, data.classes)
     for part in report.plan_tables(planned, spec, options.get("score_only", False)):
         console.print(part, highlight=False)
     if plan_only:
         return
-    name = f"{spec.dataset}_{spec.model}_{distribution.resolve(spec).digest()}"
-    work = Path(workdir or f"runs/{name}")
+    work = Path(workdir or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
     rows = experiment.RECIPES[spec.recipe](
         spec, work, data, lambda p: Progress(console, p.steps), **options
     )

@@ -35,8 +35,11 @@ _joined: list[Any] = []  # the strategy of this process's cluster: there is one 
 def resolve(spec: Spec) -> Spec:
     """Returns the spec with `distribute`, `devices` and `workers` as they turn out here.
 
+    For multi_worker it joins the cluster; for mirrored on a machine without GPUs it makes
+    logical CPUs, where nothing has been computed yet.
+
     Raises:
-      UserError: devices that do not exist, or a batch that they do not divide.
+      UserError: devices that do not exist, or a batch that they do not divide; see `join`.
     """
     kind, devices = spec.distribute, spec.devices
     if kind == "multi_worker":
@@ -55,17 +58,17 @@ def resolve(spec: Spec) -> Spec:
         return dataclasses.replace(spec, distribute="none", devices=None)
     found = _local(devices)
     if (devices or 1) > len(found):
-        raise _absent(devices, found, "devices")
+        raise _absent(devices, found, f"{found[0].split(':')[1]}s")
     devices = devices or len(found)
     _require_divisible(spec, devices, f"{devices} devices")
     return dataclasses.replace(spec, distribute="mirrored", devices=devices)
 
 
 def _absent(asked: Any, found: list[str], what: str) -> UserError:
-    there = f"this machine has {', '.join(found)}" if found else f"this machine has no {what}"
+    there = f"{len(found)} ({', '.join(found)})" if found else "none"
     return UserError(
-        f"devices {asked} are asked for, but {there}; give at most as many"
-        + ("" if found else ", or --distribute=none")
+        f"devices {asked} are asked for, but of {what} this machine has {there}; give at most as "
+        "many, or --distribute=none"
     )
 
 
@@ -100,10 +103,14 @@ def strategy_of(spec: Spec) -> Any:
         return tf.distribute.get_strategy()
     if spec.distribute == "multi_worker":
         return join(spec)
-    used = _local(spec.devices)[: spec.devices]
-    # On CPUs the collective ops of two strategies in one process get in each other's way.
-    reduction = tf.distribute.ReductionToOneDevice() if "CPU" in used[0] else None
-    return tf.distribute.MirroredStrategy(used, cross_device_ops=reduction)
+    return _mirrored(tuple(_local(spec.devices)[: spec.devices]))
+
+
+@functools.cache
+def _mirrored(devices: tuple[str, ...]) -> Any:
+    """One strategy for the same devices: two number their collective operations alike."""
+    reduction = tf.distribute.ReductionToOneDevice() if "CPU" in devices[0] else None
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
 
 
 def join(spec: Spec) -> Any:
@@ -134,6 +141,8 @@ def join(spec: Spec) -> Any:
         statement = {**spec.identity(), "devices": each}
         cluster.meet(here, statement, spec.worker_timeout, problem)
         _joined.append(_connect(spec, here, each if gpus else 0))
+    replicas = _joined[0].num_replicas_in_sync
+    _require_divisible(spec, replicas, f"{replicas} replicas")
     return _joined[0]
 
 
@@ -162,11 +171,11 @@ def lost() -> Iterator[None]:
         yield
     except tf.errors.OpError as error:
         kind = type(error).__name__.removesuffix("Error")
-        if kind not in ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal"):
-            raise
-        if not _joined and kind != "DeadlineExceeded":
-            raise
         found = re.search(r"aborted by: *(.+)", str(error))
+        told = found or "/task:" in str(error)
+        gone = kind in ("Unavailable", "Aborted", "Cancelled") or kind == "Internal" and told
+        if kind != "DeadlineExceeded" and not (_joined and gone):
+            raise
         raise UserError(
             f"a worker has ended or does not answer ({found[1] if found else brief(error)}); what "
             "it printed says why; start the same command on all workers again to go on"
@@ -185,13 +194,13 @@ def first_replica(strategy: Any) -> int:
     return index * (strategy.num_replicas_in_sync // count)
 
 
-def components(variable: Any) -> list[Any]:
-    """Returns what of a variable differs between this process's replicas: itself, or one of each.
+def is_own(variable: Any) -> bool:
+    """Whether each replica has a value of its own of a variable, in `variable.values`.
 
-    Only the moving statistics of BatchNormalization do: each replica has its own.
+    Only the moving statistics of BatchNormalization are such; read, they are the mean.
     """
-    own = getattr(variable, "synchronization", None) == tf.VariableSynchronization.ON_READ
-    return list(variable.values) if own and hasattr(variable, "values") else [variable]
+    each = getattr(variable, "synchronization", None) == tf.VariableSynchronization.ON_READ
+    return each and hasattr(variable, "values")
 
 
 _scoring: contextvars.ContextVar[Any] = contextvars.ContextVar("scoring", default=None)
@@ -260,8 +269,7 @@ class Workers:
         words = np.zeros(-(-size // 4), _WORDS)
         if mine:
             words.view(np.uint8)[:size] = np.frombuffer(content, np.uint8)
-        found = self._total(words.astype(np.float64), mine).astype(_WORDS)
-        return _unpacked(found.view(np.uint8)[:size].tobytes())
+        return _unpacked(self._total(words, mine).tobytes()[:size])
 
     def each(self, own: tuple[Arrays, Any]) -> list[tuple[Arrays, Any]]:
         """Returns what every worker gave, in the order of the workers."""
@@ -299,14 +307,17 @@ class Workers:
         ]
 
     def _total(self, values: np.ndarray, mine: bool) -> np.ndarray:
-        """The sum over the workers of float64 values [n]; of those that are not `mine` 0 counts."""
+        """The sum over the workers of values [n], in float64; 0 counts for what is not `mine`."""
         # In blocks of two sizes, since there is a graph for each.
         size = _BLOCKS[len(values) > _BLOCKS[0]]
-        blocks = np.zeros((-(-len(values) // size), size))
-        if mine:
-            blocks.reshape(-1)[: len(values)] = values
-        sums = [self._add_block(block) for block in blocks]
-        return np.concatenate([*sums, np.zeros(0)])[: len(values)]
+        total = np.empty_like(values)
+        for start in range(0, len(values), size):
+            part = values[start : start + size]
+            block = np.zeros(size)
+            if mine:
+                block[: len(part)] = part
+            total[start : start + size] = self._add_block(block)[: len(part)]
+        return total
 
     def _add_block(self, block: np.ndarray) -> np.ndarray:
         first, zeros = first_replica(self._strategy), np.zeros_like(block)

@@ -167,17 +167,20 @@ class Laboratory:
         workdir: Path,
         dataset: Dataset,
         strategy: Any = None,
-        asked: Callable[[], bool] = lambda: False,
+        asked: checkpoints.Asked | None = None,
         trunk: Path | None = None,
     ):
-        self.spec, self.workdir, self.asked, self.trunk = spec, workdir, asked, trunk
+        self.spec, self.workdir, self.trunk = spec, workdir, trunk
+        self.asked = asked or checkpoints.Asked()
         self.progress: Any = None  # shown to the user; see `callbacks.progress.Progress`
         self.trainer = Trainer(spec, dataset, strategy)
         self.workers = self.trainer.workers
         self.plan = plan(spec, self.trainer.input_shape, self.trainer.classes)
         written = workdir / "summary.csv"
-        known = self.workers.chief and written.exists()
-        self.summary: list[dict[str, Any]] = read_csv(written) if known else []
+        self.summary: list[dict[str, Any]]
+        _, self.summary = self.workers.share(
+            lambda: ({}, read_csv(written) if written.exists() else [])
+        )
 
     def say(self, text: str) -> None:
         """Tells the user something, once."""
@@ -321,7 +324,7 @@ class Laboratory:
             at = dataclasses.replace(ticket, weights=weights, rewind_step=capture or 0)
             self.write(lambda: at.save(point))
 
-        with storage.explained(logs), os_errors():
+        with storage.explained(logs), os_errors(), self.asked.patiently():
             return self.trainer.train(
                 ticket.weights,
                 ticket.mask,
@@ -409,7 +412,7 @@ def laboratory(
     work, spec = Path(workdir), distribution.resolve(spec)
     strategy = distribution.strategy_of(spec)
     workers = distribution.workers_of(strategy)
-    with contextlib.ExitStack() as stack:
+    with distribution.lost(), contextlib.ExitStack() as stack:
 
         def own() -> tuple[dict, None]:
             stack.enter_context(storage.lock(work))
@@ -424,6 +427,11 @@ def laboratory(
         lab.write(lambda: storage.write(work / "spec.json", text))
         if progress and workers.chief:
             lab.progress = stack.enter_context(progress(lab.plan))
+            if (replicas := strategy.num_replicas_in_sync) > 1:
+                lab.progress.say(
+                    f"{replicas} replicas share each batch of {spec.batch_size}; XLA compiles "
+                    "nothing then"
+                )
         yield lab
 
 
@@ -530,8 +538,9 @@ def require_own(workdir: Path, spec: Spec) -> None:
         found = read_spec(workdir)
         mine, theirs = spec.identity(), found.identity()
         differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
-        picked = found.recipe == "one_shot" and any(workdir.glob("replicate_*/*/ticket.*"))
-        if differing and not picked and next(finished(workdir), None) is None:
+        kept = "ticket.*" if found.recipe == "one_shot" else "checkpoint_*"
+        begun = any(workdir.glob(f"replicate_*/**/{kept}"))
+        if differing and not begun and next(finished(workdir), None) is None:
             # Whoever had it never finished anything: a first try with a mistake in it.
             for folder in workdir.glob("replicate_*"):
                 shutil.rmtree(folder)

@@ -167,6 +167,9 @@ class Trainer:
     Attributes:
       model: the pruned model.
       input_shape, classes: what it was built for.
+      strategy, workers: the replicas, and the processes that they are in.
+      feed: where batches come from.
+      reduction: how gradients are added up.
 
     Raises:
       UserError: an unusable optimizer, devices or batch size, or too few examples.
@@ -195,7 +198,7 @@ class Trainer:
             self.optimizer.build(self.model.trainable_variables)
         pruning.require_maskable(self.optimizer)
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
-        self._averaged = [v for v in self.model.variables if len(distribution.components(v)) > 1]
+        self._averaged = [v for v in self.model.variables if distribution.is_own(v)]
         self._pace, self._kept = _PACE, None
         compiled = _compiles(spec, replicas, plain)
         loops = compiled and self.feed.loops
@@ -431,20 +434,22 @@ class Trainer:
         shared: dict[str, np.ndarray] = {}
         own: dict[str, np.ndarray] = {}
         first = distribution.first_replica(self.strategy)
-        for name, parts in self._parts():
-            if len(parts) == 1:
-                shared[name] = parts[0].numpy()
+        for name, variable in self._changed():
+            if distribution.is_own(variable):
+                values = enumerate(variable.values, first)
+                own |= {f"replica_{i}/{name}": value.numpy() for i, value in values}
             else:
-                own |= {f"replica_{first + i}/{name}": p.numpy() for i, p in enumerate(parts)}
+                shared[name] = variable.numpy()
         for arrays, _ in self.workers.each((own, None)):
             shared |= arrays
         return shared
 
     def _restore(self, state: State) -> None:
         first = distribution.first_replica(self.strategy)
-        for name, parts in self._parts():
-            for i, part in enumerate(parts):
-                key = name if len(parts) == 1 else f"replica_{first + i}/{name}"
+        for name, variable in self._changed():
+            own = distribution.is_own(variable)
+            for i, part in enumerate(variable.values if own else [variable], first):
+                key = f"replica_{i}/{name}" if own else name
                 if key not in state.variables:
                     raise UserError(
                         f"the checkpoint of step {state.step} lacks {key!r}: another version of "
@@ -452,15 +457,15 @@ class Trainer:
                     )
                 part.assign(state.variables[key])
 
-    def _parts(self) -> Iterator[tuple[str, list[Any]]]:
-        """Yields the name of each variable that training changes, and what `components` gives."""
+    def _changed(self) -> Iterator[tuple[str, Any]]:
+        """Yields a name and the variable for each that training changes."""
         for name, variable in pruning.weights(self.model).items():
-            yield f"weights/{name}", distribution.components(variable)
+            yield f"weights/{name}", variable
         for i, variable in enumerate(optimizer_state(self.optimizer)):
-            yield f"optimizer/{i:04d}", distribution.components(variable)
+            yield f"optimizer/{i:04d}", variable
         rate = pruning.inner_optimizer(self.optimizer)._learning_rate  # a callback may change it
         if isinstance(rate, tf.Variable):
-            yield "optimizer/learning_rate", [rate]
+            yield "optimizer/learning_rate", rate
 
     def _row(
         self, rows: list, step: int, loss: float | None, hooks: Any, began: float, last: bool

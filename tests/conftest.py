@@ -9,6 +9,17 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
 
+# Files whose tests start processes of their own take the longest, so that they begin first.
+LONGEST = "distribution", "sweep", "tools", "faults", "scorers", "training", "export_tool"
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
 
 def _thin_norm(input_shape, classes, seed, *, init="glorot_normal"):
     inits = parts.initialisers(init, seed)

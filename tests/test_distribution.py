@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,7 +115,7 @@ def test_every_replica_ends_with_the_same_variables_and_repeats(thin_norm, model
         ends.append(trainer.train(weights, mask, 0, 12).weights)
         for variable in (*trainer.model.variables, *trainer.optimizer.variables):
             copies = [copy.numpy() for copy in variable.values]
-            if len(distribution.components(variable)) == 1:
+            if not distribution.is_own(variable):
                 assert len(copies) == 2 and np.array_equal(*copies), variable.name
     assert same(*ends)
     pruning.check(trainer.model, trainer.optimizer)
@@ -173,6 +174,21 @@ def test_auto_takes_all_gpus_and_trains():
     assert all("GPU" in device for device in trainer.strategy.extended.worker_devices)
     weights, mask = start(s)
     assert trainer.train(weights, mask, 0, 20).rows[-1]["loss"] < 3
+
+
+def test_two_devices_of_a_machine_without_gpus_are_made_by_the_command(tmp_path):
+    flags = [*ALIKE[:-1], "--levels=1", "--train_steps=20", "--communication=packed"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lth_tf.tools.imp", "--distribute=mirrored", "--devices=2",
+         f"--workdir={tmp_path}", *flags],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 replicas share each batch of 60" in done.stdout
+    sent = [int(n.replace(",", "")) for n in re.findall(r"gives ([0-9,]+) bytes", done.stdout)]
+    mask = tickets.load_ticket(next(tmp_path.rglob("level_01/ticket.safetensors"))).mask
+    others = 64 + 32 + 10 + 1  # biases, and the loss
+    assert sent == [8 * (masks.size(mask) + others), 8 * (masks.kept(mask) + others)]
 
 
 # Workers: real processes.
@@ -290,7 +306,8 @@ def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
     assert contents(workdir) == contents(calm)
 
 
-FLOAT32 = """
+IN_WORKERS = """
+from conftest import _thin_norm  # first, for it makes logical devices
 import numpy as np, sys
 from lth_tf import datasets, distribution, masks, picking
 from lth_tf.compat import tf
@@ -315,24 +332,64 @@ for scorer in ("grasp", "snip"):
     assert same >= 0.999 * masks.size(found[3]) and both >= 0.999 * masks.kept(found[3])
     changed = any((found[0][n] != found[2][n]).any() for n in found[0])
     print(scorer, "was added up in another order" if changed else "was not shared out")
+
+# BatchNormalization's moving statistics are each worker's own.
+from lth_tf.models import MODELS
+from lth_tf.training import Interrupted, Trainer, initial_weights
+
+MODELS.register("thin_norm")(_thin_norm)
+s = Spec(dataset="digits", model="thin_norm", validation_size=100, batch_size=30, train_steps=20,
+         eval_every=8, distribute="multi_worker", checkpoint_every=7, optimizer="momentum")
+digits = datasets.load("digits")
+weights, names = initial_weights(s, (8, 8, 1), 10, 0)
+mask = masks.ones({name: weights[name].shape for name in names})
+trainer, states = Trainer(s, digits, strategies[0]), []
+whole = trainer.train(weights, mask, 0, 20, keep=states.append)
+assert sum(name.startswith("replica_1/") for name in states[0].variables) == 2
+looks = iter([False, True])
+try:
+    trainer.train(weights, mask, 0, 20, keep=states.append, asked=lambda: next(looks))
+except Interrupted:
+    again = Trainer(s, digits, strategies[0]).train(weights, mask, 0, 20, state=states[-1])
+assert all((whole.weights[n] == w).all() for n, w in again.weights.items())
+trainer.train(whole.weights, mask, 0, 0)
+assert abs(trainer.evaluate("test")[0] - whole.rows[-1]["test_loss"]) < 1e-6
+print("a state holds both workers' statistics")
 sys.stdout.flush()
 """
 
 
-def test_float32_scores_of_two_workers():
-    codes, told = ended(begin(["-c", FLOAT32], [], None))
+def test_scores_in_float32_and_batch_norm_of_two_workers():
+    tests = os.path.dirname(__file__)
+    code = f"import sys; sys.path.insert(0, {tests!r})\n{IN_WORKERS}"
+    codes, told = ended(begin(["-c", code], [], None))
     assert codes == [0, 0], told
     for out, _ in told:
         assert out.count("was added up in another order") == 2
+        assert "a state holds both workers' statistics" in out
 
 
-def test_a_batch_that_the_replicas_do_not_divide_is_an_error_on_every_worker():
-    flags = [*IMP, "--batch_size=61"]
-    codes, told = ended(begin("imp", flags, None))
-    assert codes == [1, 1]
-    for _, error in told:
-        assert "batch_size 61 cannot be divided among 2 replicas" in error
-        assert "Traceback" not in error
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"batch_size": 61}, "batch_size 61 cannot be divided among 2 replicas; give a multiple"),
+        ({"devices": 2}, "devices 2 are asked for, but of GPUs this machine has none"),
+    ],
+)
+def test_what_keeps_a_worker_from_taking_part_is_told_to_all(monkeypatch, changes, words):
+    config = {
+        "cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},
+        "task": {"type": "worker", "index": 1},
+    }
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+
+    def meet(here, statement, timeout, problem):
+        assert here.index == 1 and timeout == 120 and statement["batch_size"]
+        raise UserError(f"worker 1: {problem}")
+
+    monkeypatch.setattr(distribution.cluster, "meet", meet)
+    with pytest.raises(UserError, match=f"worker 1: {words}"):
+        distribution.join(spec(distribute="multi_worker", **changes))
 
 
 def test_a_chief_that_cannot_write_is_an_error_on_every_worker(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from lth_tf import analysis, datasets, experiment, masks, pruning, scopes
+from lth_tf import analysis, datasets, experiment, masks, pruning, scopes, training
 from lth_tf.analysis.summary import COLUMNS, read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiment import imp, one_shot, plan
@@ -447,6 +447,33 @@ def contents(workdir):
                     {k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)
                 ]
     return found
+
+
+def interrupted(s, workdir):
+    """Leaves a workdir whose first training has a checkpoint."""
+    with pytest.raises(training.Interrupted, match="stopped at step 20 of 40.*is kept"):
+        with experiment.laboratory(s, workdir, DIGITS, None) as lab:
+            lab.asked._came = True
+            lab.train(folder(workdir, 0), lab.ticket(folder(workdir, 0), lambda: lab.dense(0)))
+
+
+def test_an_interrupted_first_training_is_not_taken_over_and_goes_on(tmp_path):
+    s = spec(levels=0, controls=(), control_levels=(), checkpoint_every=0)
+    interrupted(s, tmp_path / "a")
+    assert [p.name for p in folder(tmp_path / "a", 0).glob("checkpoint_*")]
+    with pytest.raises(UserError, match="learning_rate is 0.0012 there, 0.1 here"):
+        imp(dataclasses.replace(s, learning_rate=0.1), tmp_path / "a", DIGITS)
+    for name in ("a", "b"):
+        imp(s, tmp_path / name, DIGITS)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_damaged_summary_is_one_sentence(tmp_path):
+    s = spec(levels=0, controls=(), control_levels=())
+    imp(s, tmp_path, DIGITS)
+    (tmp_path / "summary.csv").write_text("arm,level\nticket\n")
+    with pytest.raises(UserError, match="summary.csv' is damaged.*delete it"):
+        imp(s, tmp_path, DIGITS)
 
 
 def test_second_process_on_a_workdir_is_refused(tmp_path):

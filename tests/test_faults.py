@@ -18,7 +18,7 @@ from lth_tf.experiment import imp
 
 FAULTS = int(os.environ.get("LTH_TF_FAULTS", "2"))
 KINDS = ["kill", "damage", "terminate", "full"] if FAULTS > 3 else ["terminate", "kill", "damage"]
-STEPS = 600 * (FAULTS + 2)
+STEPS = 200 * (FAULTS + 2) if FAULTS < 4 else 600 * (FAULTS + 2)
 FLAGS = (
     f"--train_steps={STEPS}", "--eval_every=200", "--levels=2", "--rewind_step=450",
     "--checkpoint_every=50", "--control_levels=1",
@@ -64,7 +64,7 @@ def test_a_run_that_is_killed_damaged_and_starved_ends_as_if_nothing_had_happene
         kind = KINDS[len(struck) % len(KINDS)]
         limit = small_files_only if kind == "full" else None
         process = subprocess.Popen(command(workdir, *FLAGS), **quiet, preexec_fn=limit)
-        code = strike(process, workdir, kind, random.uniform(0, 1.2))
+        code = strike(process, workdir, kind, random.uniform(0, 1.2 if FAULTS > 3 else 0.2))
         said = process.stderr.read()
         assert code == {"terminate": 143, "full": 1}.get(kind, -signal.SIGKILL), said
         if kind == "terminate":

@@ -577,9 +577,8 @@ def test_dropout_layers_of_a_model_draw_apart():
 
 def test_dropout_replicas_draw_apart():
     strategy = tf.distribute.MirroredStrategy(
-        [d.name for d in tf.config.list_logical_devices("CPU")]
+        [d.name for d in tf.config.list_logical_devices("CPU")][:2]
     )
-    assert strategy.num_replicas_in_sync == 2
     with strategy.scope():
         layer = StatelessDropout(0.5, seed=1)
         layer.build((None, 1000))

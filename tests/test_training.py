@@ -327,8 +327,8 @@ def test_diverging_names_the_step():
     [
         ({"batch_size": 2000}, "batch_size 2000 exceeds"),
         ({"validation_size": 1000}, "more than half"),
-        ({"distribute": "mirrored", "devices": 5}, "devices 5 are asked for.*CPU:3; give at most"),
-        ({"devices": 2}, "devices 2 are asked for, but this machine has no GPUs"),
+        ({"distribute": "mirrored", "devices": 5}, "5 are asked for, but of CPUs .* has 4 .*CPU:3"),
+        ({"devices": 2}, "devices 2 are asked for, but of GPUs this machine has none; give"),
         ({**TWO, "batch_size": 31}, "multiple of 2"),
         ({**TWO, "compile": "on"}, "compile=on does not work where 2"),
     ],

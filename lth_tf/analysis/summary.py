@@ -79,7 +79,10 @@ def read_csv(path: Path) -> list[Row]:
         return text or None
 
     with open(path, newline="") as file:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    if any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{str(path)!r} is damaged: a row does not fit its header; delete it")
+    return [{k: value(v) for k, v in row.items()} for row in rows]
 
 
 def write_summary(workdir: Path, rows: Sequence[Row]) -> None:

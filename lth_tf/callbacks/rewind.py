@@ -109,7 +109,7 @@ def _clean(optimizer: Any, model: Any) -> None:
 
 
 def optimizer_state(optimizer: Any) -> list[Any]:
-    """Returns an optimizer's variables: counter, slots, what a callback may change, loss scale."""
+    """Returns an optimizer's variables: counter, slots, loss scale."""
     inner = pruning.inner_optimizer(optimizer)
     variables = inner.variables() if callable(inner.variables) else inner.variables
     # Of a LossScaleOptimizer `variables` are the inner one's; its own are not public.
