@@ -1,6 +1,6 @@
 """Real processes of lth-imp that are killed, damaged and starved end as one that was left alone.
 
-LTH_TF_FAULTS=20 python -m pytest tests/test_faults.py has more of them, in a longer run.
+LTH_TF_FAULTS=35 python -m pytest -s tests/test_faults.py has more of them, in a longer run.
 """
 
 import os
@@ -17,7 +17,8 @@ from lth_tf import datasets, flags
 from lth_tf.experiment import imp
 
 FAULTS = int(os.environ.get("LTH_TF_FAULTS", "1"))
-KINDS = ["kill", "kill and damage", "terminate", "full", "terminate and damage"][-FAULTS:]
+KINDS = ["kill", "kill", "kill and damage", "kill", "full", "terminate", "terminate and damage"]
+KINDS = KINDS[-FAULTS:]
 STEPS = 200 * (FAULTS + 2) if FAULTS < 4 else 600 * (FAULTS + 2)
 FLAGS = (
     f"--train_steps={STEPS}", "--eval_every=200", "--levels=2", "--rewind_step=450",
@@ -72,6 +73,7 @@ def test_a_run_that_is_killed_damaged_and_starved_ends_as_if_nothing_had_happene
         if kind == "full":
             assert "the disk is full" in said and "what is finished is kept" in said, said
         struck.append((kind, code))
+        print(len(struck), kind, said.strip()[-150:])
         now = files(workdir)
         assert all(now[path] == stat for path, stat in finished.items()), "done again"
         finished = {p: stat for p, stat in now.items() if "checkpoint_" not in p.name}
