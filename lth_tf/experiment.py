@@ -265,7 +265,9 @@ class Laboratory:
             try:
                 trained = self._train(folder, ticket, start, stop, capture, what)
             except UserError as error:
-                raise type(error)(f"{what}: {error}; what is finished is kept") from error
+                kept = "what is finished is kept"
+                more = "" if kept in str(error) else f"; {kept}"
+                raise type(error)(f"{what}: {error}{more}") from error
             weights, rows = trained.weights, trained.rows
             self.write(lambda: self._save(folder, ticket, trained))
         row = analysis.summary_row(arm, replicate, ticket.level, ticket.density, rows)

@@ -19,7 +19,7 @@ from lth_tf.experiment import imp
 FAULTS = int(os.environ.get("LTH_TF_FAULTS", "1"))
 KINDS = ["kill", "kill", "kill and damage", "kill", "full", "terminate", "terminate and damage"]
 KINDS = KINDS[-FAULTS:]
-STEPS = 200 * (FAULTS + 2) if FAULTS < 4 else 600 * (FAULTS + 2)
+STEPS = 220 * (FAULTS + 2)
 FLAGS = (
     f"--train_steps={STEPS}", "--eval_every=200", "--levels=2", "--rewind_step=450",
     "--checkpoint_every=50", "--control_levels=1",
