@@ -38,21 +38,15 @@ class Reduction:
         self._width = max([variable.dtype.size for variable in trained], default=4)
 
     def kept(self, mask: Mask) -> Any:
-        """Returns what each replica needs to pack, or None where nothing is packed.
-
-        That is int32 [k], the places of the k entries that are packed, and int32 [n], the
-        place among those of each of all n entries, k for the ones left out.
-        """
+        """Returns the places of what is packed, int32 [k] on each replica; None: add up all."""
         if not self._packs(mask):
             return None
         chosen = [
             np.ones(size, bool) if name is None else mask[name].reshape(-1) != 0
             for name, size in zip(self._names, self._sizes, strict=True)
         ]
-        inside = np.concatenate([*chosen, [True]])
-        places = np.flatnonzero(inside).astype(np.int32)
-        back = np.where(inside, np.cumsum(inside) - 1, len(places)).astype(np.int32)
-        return feeds.place((places, back), self._strategy)
+        places = np.flatnonzero(np.concatenate([*chosen, [True]])).astype(np.int32)
+        return feeds.place((places,), self._strategy)[0]
 
     def _packs(self, mask: Mask) -> bool:
         density = masks.density(mask)
@@ -86,9 +80,7 @@ class Reduction:
         if kept is None:
             return list(add(tf.distribute.ReduceOp.SUM, values))
         flat = tf.concat([tf.reshape(value, [-1]) for value in values], 0)
-        places, back = kept
-        packed = add(tf.distribute.ReduceOp.SUM, tf.gather(flat, places))
-        # Gathered, too: to scatter takes many times as long on CPUs.
-        flat = tf.gather(tf.concat([packed, tf.zeros([1], packed.dtype)], 0), back)
+        packed = add(tf.distribute.ReduceOp.SUM, tf.gather(flat, kept))
+        flat = tf.tensor_scatter_nd_update(flat, kept[:, None], packed)  # the others are zero
         parts = tf.split(flat, [*self._sizes, 1])
         return [tf.reshape(p, v.shape) for p, v in zip(parts, values, strict=True)]
