@@ -122,7 +122,7 @@ def _start(words: list[str], addresses: list[str], index: int) -> subprocess.Pop
     try:
         return subprocess.Popen(
             words, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            # A session of its own: Ctrl-C reaches it once, through this process.
+            # A process group of its own: Ctrl-C reaches it once, through this process.
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
