@@ -97,7 +97,7 @@ def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
 def _first_of_each(
     spec: Spec, dataset: Streamed, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first samples_per_class examples of each class in the order of the first epoch."""
+    """The first samples_per_class examples of each class in the order of `feeds.walk`."""
     taken = np.zeros(dataset.classes, int)
     images, labels = [], []
     for some, kinds in feeds.walk(dataset, spec.validation_size, spec.score_batch_size, seed):
