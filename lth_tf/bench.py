@@ -24,11 +24,12 @@ from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.feeds import CHUNK
+from lth_tf.masks import Scores
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
-from lth_tf.training import OPTIMIZERS, State, Trainer, initial_weights, policy
+from lth_tf.training import OPTIMIZERS, State, Trainer, Weights, initial_weights, policy
 
 DENSITY = 0.2
 SCALE_DENSITIES = 1.0, 0.2, 0.05
@@ -82,8 +83,7 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     if isinstance(dataset, Streamed):
         raise UserError(f"dataset {spec.dataset!r} is streamed; `fit` is fed from memory here")
     trainer = Trainer(alone(spec), dataset)
-    weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
-    scores = SCORERS["magnitude"](None, {name: weights[name] for name in kernels})
+    weights, scores = _initial(trainer)
     mask = SCOPES["layerwise"](scores, DENSITY)
     trainer.train(masks.apply(mask, weights), mask, 0, 0)  # puts them in
 
@@ -134,6 +134,13 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     return result
 
 
+def _initial(trainer: Trainer) -> tuple[Weights, Scores]:
+    """Initial weights of a trainer's network, and their magnitudes."""
+    spec = trainer.spec
+    weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
+    return weights, SCORERS["magnitude"](None, {name: weights[name] for name in kernels})
+
+
 def _advancing(trainer: Trainer, steps: int) -> Contender:
     block = min(CHUNK, trainer.spec.eval_every)
 
@@ -173,14 +180,13 @@ def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
         trainers[f"2 {way}"] = Trainer(
             dataclasses.replace(two_replicas(spec), communication=way), dataset
         )
-    weights, kernels = initial_weights(spec, one.input_shape, one.classes, spec.seed)
-    scores = SCORERS["magnitude"](None, {name: weights[name] for name in kernels})
+    weights, scores = _initial(one)
     trainable = {id(v) for v in one.model.trainable_variables}
     width = 8 if spec.precision == "float64" else 4
     others = sum(
         weights[name].size
         for name, v in pruning.weights(one.model).items()
-        if id(v) in trainable and name not in kernels
+        if id(v) in trainable and name not in scores
     )
     result: dict[str, Any] = {
         "model": spec.model,
@@ -223,8 +229,8 @@ def checkpoints(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int
       of a training (median); share, of those in checkpoints.
     """
     trainer = Trainer(spec, dataset)
-    weights, kernels = initial_weights(spec, trainer.input_shape, trainer.classes, spec.seed)
-    mask = masks.ones({name: weights[name].shape for name in kernels})
+    weights, scores = _initial(trainer)
+    mask = masks.ones({name: score.shape for name, score in scores.items()})
     trainer.train(weights, mask, 0, min(steps, spec.eval_every))  # traces and compiles
     taken: list[float] = []
     own = trainer._variables

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lth_tf import storage
 from lth_tf.errors import UserError
 from lth_tf.training import Interrupted, State
@@ -24,10 +26,9 @@ def save(folder: Path, state: State) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    about = dataclasses.asdict(dataclasses.replace(state, variables={}))
-    about["rows"] = list(about["rows"])
+    variables, about = taken_apart(state)
     path = folder / f"checkpoint_{state.step:09d}.safetensors"
-    storage.write_tensors(path, state.variables, {"format": "checkpoint", **about})
+    storage.write_tensors(path, variables, {"format": "checkpoint", **about})
     with storage.explained(folder):
         for old in sorted(folder.glob(_PATTERN))[:-KEPT]:
             old.unlink()
@@ -45,13 +46,23 @@ def latest(folder: Path, say: Callable[[str], None]) -> State | None:
             variables, about = storage.read_tensors(path)
             if about.pop("format", None) != "checkpoint":
                 raise UserError(f"{str(path)!r} is not a checkpoint")
-            about["rows"] = tuple(about["rows"])
-            return State(**{**about, "variables": variables})
+            return put_together(variables, about)
         except (UserError, KeyError, TypeError) as error:
             say(f"a checkpoint is damaged, going on from the one before, or anew: {error}")
             with storage.explained(path):
                 path.unlink(missing_ok=True)
     return None
+
+
+def taken_apart(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns a state's variables, and what else it is, JSON-ready."""
+    about = dataclasses.asdict(dataclasses.replace(state, variables={}))
+    return state.variables, {**about, "rows": list(state.rows)}
+
+
+def put_together(variables: dict[str, np.ndarray], about: dict[str, Any]) -> State:
+    """Returns the state that was `taken_apart`."""
+    return State(**{**about, "rows": tuple(about["rows"]), "variables": variables})
 
 
 def clear(folder: Path) -> None:

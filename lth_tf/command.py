@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def _run(
     if not plan_only:
         spec = distribution.resolve(spec)  # before anything is computed
 
+    @functools.cache
     def load() -> Any:
         return datasets.load(spec.dataset, data_dir)
 

@@ -38,7 +38,7 @@ from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
-from lth_tf.training import State, Trained, Trainer, initial_weights
+from lth_tf.training import Trained, Trainer, initial_weights
 
 _TRAINED = "trained.safetensors"
 METRICS = (
@@ -298,10 +298,10 @@ class Laboratory:
             found = checkpoints.latest(folder, self.say)
             if not found or (capture and found.step >= capture and not point.exists()):
                 return {}, None
-            return found.variables, dataclasses.asdict(dataclasses.replace(found, variables={}))
+            return checkpoints.taken_apart(found)
 
         variables, about = self.workers.share(last)
-        state = State(**{**about, "variables": variables}) if about else None
+        state = checkpoints.put_together(dict(variables), about) if about else None
         callbacks: list[Any] = []
         bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
         if self.workers.chief:

@@ -41,12 +41,22 @@ class Reduction:
         """Returns the places of what is packed, int32 [k] on each replica; None: add up all."""
         if not self._packs(mask):
             return None
+        return feeds.place((self._places(mask),), self._strategy)[0]
+
+    def bytes(self, mask: Mask) -> int:
+        """Returns the bytes that a replica gives to be added up in each step."""
+        if self._strategy.num_replicas_in_sync == 1:
+            return 0
+        entries = len(self._places(mask)) if self._packs(mask) else sum(self._sizes) + 1
+        return entries * self._width
+
+    def _places(self, mask: Mask) -> np.ndarray:
+        """Which of all entries are packed, the last one is the loss: int32 [k], ascending."""
         chosen = [
             np.ones(size, bool) if name is None else mask[name].reshape(-1) != 0
             for name, size in zip(self._names, self._sizes, strict=True)
         ]
-        places = np.flatnonzero(np.concatenate([*chosen, [True]])).astype(np.int32)
-        return feeds.place((places,), self._strategy)[0]
+        return np.flatnonzero(np.concatenate([*chosen, [True]])).astype(np.int32)
 
     def _packs(self, mask: Mask) -> bool:
         density = masks.density(mask)
@@ -55,17 +65,6 @@ class Reduction:
         if self._communication == "auto":
             return distribution.place_of(self._strategy)[1] > 1 and density < WORTH
         return self._communication == "packed"
-
-    def bytes(self, mask: Mask) -> int:
-        """Returns the bytes that a replica gives to be added up in each step."""
-        if self._strategy.num_replicas_in_sync == 1:
-            return 0
-        sizes = zip(self._names, self._sizes, strict=True)
-        packs = self._packs(mask)
-        entries = sum(
-            int(np.count_nonzero(mask[name])) if packs and name else size for name, size in sizes
-        )
-        return (entries + 1) * self._width
 
     def __call__(self, kept: Any, values: list[Any]) -> list[Any]:
         """Returns the sums, in a replica's graph.

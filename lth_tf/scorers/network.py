@@ -335,11 +335,11 @@ class Network:
                         begun = []
             yield from (self._checked(*one) for one in begun)
 
-        here = workers.agree(lambda: _sum(results()))
+        total = workers.agree(lambda: _sum(results()))
         if workers.count == 1:
-            return here
+            return total
         blank = [np.zeros(value.shape, value.dtype.as_numpy_dtype) for value in values]
-        return workers.add(here or blank)
+        return workers.add(total or blank)
 
     def _begin(
         self, function: Any, values: list, part: tuple, loss: Loss, temperature: float,
