@@ -337,6 +337,8 @@ class Trainer:
             pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
         self._kept = self.reduction.kept(mask)
         hooks.on_train_begin()
+        if captured and rewind.captured is not None:  # of the first step
+            captured(rewind.captured)
         rows: list[dict[str, Any]] = []
         step, since, total, began = start, start, 0.0, time.perf_counter()
         if state:

@@ -109,6 +109,15 @@ def test_interrupted_and_resumed_by_a_new_trainer_is_as_never_stopped(tmp_path, 
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+@pytest.mark.parametrize("capture", [0, 5, 20])
+def test_captured_weights_are_told_once_whatever_the_step(capture):
+    s, told = spec(), []
+    weights, mask = start(s)
+    end = Trainer(s, DIGITS).train(weights, mask, 0, 20, capture=capture, captured=told.append)
+    assert len(told) == 1 and same(told[0], end.captured)
+    assert same(told[0], weights) == (capture == 0)
+
+
 def test_checkpoints_change_nothing():
     runs = []
     for every in (0, 1, 7):
