@@ -10,7 +10,7 @@ from typing import Any
 
 import rich.console
 
-from lth_tf import datasets, distribution, experiment, report
+from lth_tf import datasets, distribute, experiments, report
 from lth_tf.callbacks.progress import Progress
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
@@ -38,10 +38,10 @@ def run(
         _run(console, spec, data_dir, workdir, plan_only, options)
         return
     # First of all, for nothing may be computed before a process joins its cluster.
-    workers = distribution.workers_of(distribution.join(spec))
+    workers = distribute.workers_of(distribute.join(spec))
     console.quiet = not workers.chief
     try:
-        with distribution.lost():
+        with distribute.lost():
             _run(console, spec, data_dir, workdir, plan_only, options, workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -56,10 +56,10 @@ def _run(
     workdir: str | None,
     plan_only: bool,
     options: dict[str, Any],
-    workers: distribution.Workers | None = None,
+    workers: distribute.Workers | None = None,
 ) -> None:
     if not plan_only:
-        spec = distribution.resolve(spec)  # before anything is computed
+        spec = distribute.resolve(spec)  # before anything is computed
 
     @functools.cache
     def load() -> Any:
@@ -70,13 +70,13 @@ def _run(
         data = workers.agree(load)
     else:
         data = load()
-    planned = experiment.plan(spec, data.input_shape, data.classes)
+    planned = experiments.plan(spec, data.input_shape, data.classes)
     for part in report.plan_tables(planned, spec, options.get("score_only", False)):
         console.print(part, highlight=False)
     if plan_only:
         return
     work = Path(workdir or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
-    rows = experiment.RECIPES[spec.recipe](
+    rows = experiments.RECIPES[spec.recipe](
         spec, work, data, lambda p: Progress(console, p.steps), **options
     )
     if workers is None or workers.chief:

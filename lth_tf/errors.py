@@ -1,5 +1,9 @@
 """The one exception that stands for a mistake the user can mend."""
 
+from __future__ import annotations
+
+import re
+
 
 class UserError(ValueError):
     """What was given, what is allowed and what to do, in one sentence.
@@ -9,3 +13,10 @@ class UserError(ValueError):
     """
 
     code = 1
+
+
+def brief(error: Exception) -> str:
+    """Returns the kind of an error and the beginning of its first line."""
+    text = re.sub(r"\{\{.*?\}\} *", "", str(error))  # names of nodes in TensorFlow's errors
+    first = (text.strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:100]}"

@@ -11,9 +11,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from lth_tf.branches import BRANCHES
 from lth_tf.datasets import DATASETS
 from lth_tf.errors import UserError
+from lth_tf.experiments.branches import BRANCHES
 from lth_tf.models import INITS, MODELS
 from lth_tf.pruning import InvariantError
 from lth_tf.registry import Registry, nearest

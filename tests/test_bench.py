@@ -6,7 +6,8 @@ import io
 import pytest
 import rich.console
 
-from lth_tf import bench, datasets
+from lth_tf import datasets
+from lth_tf.bench import contenders as bench
 from lth_tf.errors import UserError
 from lth_tf.report.tables import bench_table
 from lth_tf.spec import Spec

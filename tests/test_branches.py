@@ -6,9 +6,10 @@ import functools
 import numpy as np
 import pytest
 
-from lth_tf import datasets, masks, picking
-from lth_tf.branches import BRANCHES
+from lth_tf import datasets, masks
 from lth_tf.errors import UserError
+from lth_tf.experiments import picking
+from lth_tf.experiments.branches import BRANCHES
 from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS, score
 from lth_tf.spec import Spec

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from test_training import DIGITS, TWO, same, spec, start
 
-from lth_tf import checkpoints
-from lth_tf.training import Interrupted, State, Trainer
+from lth_tf.training import Interrupted, State, Trainer, checkpoints
 
 
 def state(step, value=1.0):

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from lth_tf.cluster import Cluster, meet, resolve
+from lth_tf.distribute.cluster import Cluster, meet, resolve
+from lth_tf.distribute.launch import free_ports
 from lth_tf.errors import UserError
-from lth_tf.launch import free_ports
 
 
 def tf_config(cluster, kind="worker", index=0):
@@ -137,7 +137,7 @@ def test_a_wrong_kubernetes_job_is_one_clear_sentence(change, said):
 
 WORKER = """
 import json, socket, sys
-from lth_tf.cluster import Cluster, meet
+from lth_tf.distribute.cluster import Cluster, meet
 from lth_tf.errors import UserError
 print("started", flush=True)
 workers, index, statement, timeout, problem = json.loads(sys.argv[1])
@@ -230,7 +230,7 @@ def test_two_processes_with_one_index_on_two_machines(monkeypatch):
     there = addresses(3)
     first = [start(there, index) for index in (0, 1)]
     elsewhere = addresses(1)[0]
-    monkeypatch.setattr("lth_tf.cluster._listen", lambda _: listen(elsewhere))
+    monkeypatch.setattr("lth_tf.distribute.cluster._listen", lambda _: listen(elsewhere))
     with pytest.raises(UserError) as caught:
         meet(Cluster(tuple(there), 1), {}, 20)
     said = "two processes, on 127.0.0.1 and 127.0.0.1, both say that they are worker 1, at "
@@ -243,7 +243,7 @@ def test_two_chiefs_on_two_machines(monkeypatch):
     there = addresses(2)
     first = start(there, 0)
     elsewhere = addresses(1)[0]
-    monkeypatch.setattr("lth_tf.cluster._listen", lambda _: listen(elsewhere))
+    monkeypatch.setattr("lth_tf.distribute.cluster._listen", lambda _: listen(elsewhere))
     with pytest.raises(UserError, match="both say that they are worker 0"):
         meet(Cluster(tuple(there), 0), {}, 20)
     assert "both say that they are worker 0" in ends(first)[0]
@@ -361,8 +361,8 @@ def test_a_chief_is_not_disturbed_by_strangers():
 TRAINING = """
 import lth_tf.cluster
 import tensorflow as tf
-here = lth_tf.cluster.resolve()
-lth_tf.cluster.meet(here, {"seed": 1}, 60)
+here = lth_tf.distribute.cluster.resolve()
+lth_tf.distribute.cluster.meet(here, {"seed": 1}, 60)
 resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
     tf.train.ClusterSpec({"worker": list(here.workers)}), task_type="worker", task_id=here.index,
     rpc_layer="grpc")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lth_tf import datasets, masks, pruning, training
-from lth_tf.branches import BRANCHES
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset
-from lth_tf.experiment import Laboratory, branch
+from lth_tf.experiments import Laboratory, branch
+from lth_tf.experiments.branches import BRANCHES
 from lth_tf.flags import REGISTRIES
 from lth_tf.models import INITS, MODELS
 from lth_tf.schedules import LR_SCHEDULES

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from test_training import DIGITS, TWO, same, spec, start
 
-from lth_tf import distribution, experiment, masks, picking, pruning, tickets
+from lth_tf import distribute, experiments, masks, pruning, tickets
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
+from lth_tf.experiments import picking
 from lth_tf.scorers import one_shot_mask, score
 from lth_tf.spec import Spec
 from lth_tf.training import Trainer, plain_model
@@ -48,7 +49,7 @@ def test_float64_iterative_pruning_ends_with_the_same_masks(tmp_path):
     for count, changes in REPLICAS.items():
         s = spec(precision="float64", batch_size=60, train_steps=100, eval_every=50, levels=4,
                  scope="global", augmentation="flip_crop", **changes)  # fmt: skip
-        experiment.imp(s, tmp_path / str(count), DIGITS)
+        experiments.imp(s, tmp_path / str(count), DIGITS)
         paths = sorted((tmp_path / str(count)).rglob("ticket.safetensors"))
         found[count] = [tickets.load_ticket(path).mask for path in paths]
     assert len(found[1]) == 5 and masks.density(found[1][4]) < 0.5
@@ -69,8 +70,8 @@ def test_scores_and_masks_do_not_depend_on_the_number_of_devices(scorer, precisi
     options = {"rounds": 2, "density": 0.1, **picking.options(s, 0)}
     found = []
     for changes in REPLICAS.values():
-        strategy = distribution.strategy_of(dataclasses.replace(s, **changes, batch_size=60))
-        with distribution.scoring(strategy):
+        strategy = distribute.strategy_of(dataclasses.replace(s, **changes, batch_size=60))
+        with distribute.scoring(strategy):
             scores = score(model, scorer, data, **picking.options(s, 0))
             found.append((scores, one_shot_mask(model, scorer, data, **options)))
     assert data is None or len(data) == 5  # which neither two nor four divide
@@ -85,7 +86,7 @@ def test_a_strategys_own_scope_gives_scorers_its_devices(monkeypatch):
     s = Spec(recipe="one_shot", dataset="digits", model="lenet_20_10", scorer="snip",
              samples_per_class=4, score_batch_size=10, validation_size=100)  # fmt: skip
     model = plain_model(s, (8, 8, 1), 10, 0)
-    with distribution.strategy_of(spec(**TWO)).scope():
+    with distribute.strategy_of(spec(**TWO)).scope():
         score(model, "snip", picking.batches(s, DIGITS, 0))
     assert {str(name)[-5:] for name in used if name} >= {"CPU:0", "CPU:1"}
 
@@ -115,7 +116,7 @@ def test_every_replica_ends_with_the_same_variables_and_repeats(thin_norm, model
         ends.append(trainer.train(weights, mask, 0, 12).weights)
         for variable in (*trainer.model.variables, *trainer.optimizer.variables):
             copies = [copy.numpy() for copy in variable.values]
-            if not distribution.is_own(variable):
+            if not distribute.is_own(variable):
                 assert len(copies) == 2 and np.array_equal(*copies), variable.name
     assert same(*ends)
     pruning.check(trainer.model, trainer.optimizer)
@@ -159,10 +160,10 @@ def test_what_is_evaluated_is_what_is_saved(thin_norm):
 
 
 def test_auto_is_none_where_there_is_no_gpu_and_says_so_in_the_spec():
-    found = distribution.resolve(Spec())
+    found = distribute.resolve(Spec())
     assert (found.distribute, found.devices) == ("none", None)
-    assert distribution.resolve(spec(distribute="mirrored", batch_size=60)).devices == 4
-    assert distribution.resolve(Spec(devices=1)).distribute == "none"
+    assert distribute.resolve(spec(distribute="mirrored", batch_size=60)).devices == 4
+    assert distribute.resolve(Spec(devices=1)).distribute == "none"
 
 
 @pytest.mark.skipif(
@@ -257,7 +258,7 @@ def alone(recipe, words, workdir):
     from lth_tf import flags
 
     s = flags.parse([w for w in words if not w.startswith("--worker_timeout")], recipe)
-    experiment.RECIPES[recipe](s, workdir, DIGITS)
+    experiments.RECIPES[recipe](s, workdir, DIGITS)
 
 
 def require_same_masks(one, other, count):
@@ -309,7 +310,8 @@ def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
 IN_WORKERS = """
 from conftest import _thin_norm  # first, for it makes logical devices
 import numpy as np, sys
-from lth_tf import datasets, distribution, masks, picking
+from lth_tf import datasets, distribute, masks
+from lth_tf.experiments import picking
 from lth_tf.compat import tf
 from lth_tf.scorers import one_shot_mask, score
 from lth_tf.spec import Spec
@@ -317,12 +319,12 @@ from lth_tf.training import plain_model
 
 s = Spec(recipe="one_shot", dataset="digits", model="conv2", samples_per_class=8,
          score_batch_size=16, validation_size=100, distribute="multi_worker")
-strategies = distribution.strategy_of(s), tf.distribute.get_strategy()
+strategies = distribute.strategy_of(s), tf.distribute.get_strategy()
 data, model = picking.batches(s, datasets.load("digits"), 0), plain_model(s, (8, 8, 1), 10, 0)
 for scorer in ("grasp", "snip"):
     found = []
     for strategy in strategies:
-        with distribution.scoring(strategy):
+        with distribute.scoring(strategy):
             found.append(score(model, scorer, data))
             found.append(one_shot_mask(model, scorer, data, density=0.1))
     for name, wanted in found[2].items():
@@ -387,9 +389,9 @@ def test_what_keeps_a_worker_from_taking_part_is_told_to_all(monkeypatch, change
         assert here.index == 1 and timeout == 120 and statement["batch_size"]
         raise UserError(f"worker 1: {problem}")
 
-    monkeypatch.setattr(distribution.cluster, "meet", meet)
+    monkeypatch.setattr(distribute.cluster, "meet", meet)
     with pytest.raises(UserError, match=f"worker 1: {words}"):
-        distribution.join(spec(distribute="multi_worker", **changes))
+        distribute.join(spec(distribute="multi_worker", **changes))
 
 
 def test_a_chief_that_cannot_write_is_an_error_on_every_worker(tmp_path):
@@ -406,7 +408,7 @@ def test_without_a_cluster_several_workers_are_refused(monkeypatch):
     for name in ("TF_CONFIG", "SLURM_JOB_ID", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="nothing says who they are.*launch_local"):
-        distribution.resolve(spec(distribute="multi_worker"))
+        distribute.resolve(spec(distribute="multi_worker"))
 
 
 def test_a_process_that_has_computed_cannot_join(monkeypatch):
@@ -415,6 +417,6 @@ def test_a_process_that_has_computed_cannot_join(monkeypatch):
     config = {"cluster": {"worker": [f"127.0.0.1:{port}"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     with pytest.raises(UserError, match="cannot join a cluster any more"):
-        distribution.resolve(spec(distribute="multi_worker"))
+        distribute.resolve(spec(distribute="multi_worker"))
     with pytest.raises(UserError, match="workers 3 are asked for, but the cluster has 1"):
-        distribution.resolve(spec(distribute="multi_worker", workers=3))
+        distribute.resolve(spec(distribute="multi_worker", workers=3))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import rich.console
 
-from lth_tf import analysis, datasets, experiment, masks, pruning, scopes, training
+from lth_tf import analysis, datasets, experiments, masks, pruning, scopes, training
 from lth_tf.analysis.summary import COLUMNS, read_csv
 from lth_tf.errors import UserError
-from lth_tf.experiment import imp, one_shot, plan
+from lth_tf.experiments import imp, one_shot, plan
 from lth_tf.spec import Spec
 from lth_tf.tickets import load_ticket, load_trained
 from lth_tf.training import initial_weights
@@ -380,7 +380,7 @@ def test_damaged_ticket_is_refused_and_can_be_made_anew(tmp_path):
 def test_divergence_keeps_what_is_finished(tmp_path):
     s = spec(controls=(), control_levels=())
     imp(dataclasses.replace(s, levels=0), tmp_path, DIGITS)
-    lab = experiment.Laboratory(s, tmp_path, DIGITS)
+    lab = experiments.Laboratory(s, tmp_path, DIGITS)
     first = ticket(tmp_path, 0)
     bad = dataclasses.replace(
         first, weights={n: w * np.float32(1e30) for n, w in first.weights.items()}, level=1
@@ -401,7 +401,7 @@ def test_a_violated_mask_never_reaches_the_disk(tmp_path):
 def ticket_with_violation():
     weights = {"fc/kernel": np.ones((2, 2), np.float32)}
     mask = {"fc/kernel": np.array([[1, 0], [1, 1]], np.uint8)}
-    return experiment.Ticket(mask, weights, 1, 0, {}, BASE)
+    return experiments.Ticket(mask, weights, 1, 0, {}, BASE)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def contents(workdir):
 def interrupted(s, workdir):
     """Leaves a workdir whose first training has a checkpoint."""
     with pytest.raises(training.Interrupted, match="stopped at step 20 of 40.*is kept"):
-        with experiment.laboratory(s, workdir, DIGITS, None) as lab:
+        with experiments.opened(s, workdir, DIGITS, None) as lab:
             lab.asked._came = True
             lab.train(folder(workdir, 0), lab.ticket(folder(workdir, 0), lambda: lab.dense(0)))
 
@@ -683,7 +683,7 @@ def test_a_kernel_that_is_cut_is_warned_of(tmp_path):
 
 
 def initial_model():
-    return experiment.models.build(PICKED, (8, 8, 1), 10, 0)
+    return experiments.models.build(PICKED, (8, 8, 1), 10, 0)
 
 
 def test_what_is_cut_is_said_where_there_is_progress(tmp_path, recwarn):
@@ -744,9 +744,9 @@ def test_a_killed_one_shot_ends_as_if_nothing_had_happened(tmp_path):
     """SIGKILL while the second ticket is picked, in a hundred rounds; then to the end."""
     s = pick(scorer="synflow", density=(0.2, 0.05), controls=("shuffle",), train_steps=100)
     code = (
-        "import json, sys; from lth_tf import datasets, experiment; from lth_tf.spec import Spec; "
+        "import json, sys; from lth_tf import datasets, experiments; from lth_tf.spec import Spec; "
         "s = Spec.from_dict(json.loads(sys.argv[1])); "
-        "experiment.one_shot(s, sys.argv[2], datasets.load('digits'))"
+        "experiments.one_shot(s, sys.argv[2], datasets.load('digits'))"
     )
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(s.as_dict()), killed])
@@ -771,14 +771,14 @@ def test_a_killed_one_shot_ends_as_if_nothing_had_happened(tmp_path):
 def test_a_control_that_such_tickets_cannot_have_is_refused_before_anything_is_written(tmp_path):
     imp = Spec(dataset="digits", model="lenet_20_10", validation_size=300, controls=("invert",))
     with pytest.raises(UserError, match="'invert' ranks initial weights anew"):
-        experiment.plan(imp, (8, 8, 1), 10)
+        experiments.plan(imp, (8, 8, 1), 10)
     with pytest.raises(UserError, match="'absolute' changes nothing for scorer snip"):
-        experiment.plan(
+        experiments.plan(
             dataclasses.replace(imp, recipe="one_shot", scorer="snip", controls=("absolute",)),
             (8, 8, 1), 10,
         )  # fmt: skip
     with pytest.raises(UserError, match="invert"):
-        experiment.imp(imp, tmp_path, datasets.load("digits"))
+        experiments.imp(imp, tmp_path, datasets.load("digits"))
     assert not (tmp_path / "spec.json").exists()
 
 
@@ -788,12 +788,12 @@ def test_tickets_that_were_only_scored_are_not_taken_over(tmp_path):
         train_steps=10, compile="off", scorer="magnitude", density=(0.5,),
     )  # fmt: skip
     data = datasets.load("digits")
-    experiment.one_shot(spec, tmp_path, data, score_only=True)
+    experiments.one_shot(spec, tmp_path, data, score_only=True)
     before = (folder(tmp_path, 1) / "ticket.safetensors").read_bytes()
     for other, message in (
         (dataclasses.replace(spec, scorer="random"), "scorer is 'magnitude' there, 'random' here;"),
         (Spec(dataset="digits", validation_size=300), "recipe is 'one_shot' there, 'imp' here;"),
     ):
         with pytest.raises(UserError, match=message):
-            experiment.RECIPES[other.recipe](other, tmp_path, data)
+            experiments.RECIPES[other.recipe](other, tmp_path, data)
     assert (folder(tmp_path, 1) / "ticket.safetensors").read_bytes() == before

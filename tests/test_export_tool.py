@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from lth_tf import datasets, experiment, exporters
+from lth_tf import datasets, experiments, exporters
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
@@ -54,7 +54,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
         control_levels=(1,),
         compile="off",
     )
-    experiment.imp(spec, work, datasets.load("digits"))
+    experiments.imp(spec, work, datasets.load("digits"))
     (work / "replicate_00" / "level_02" / "trained.safetensors").unlink()
     return work
 
@@ -133,7 +133,7 @@ def test_branch_and_output(workdir, runs):
 
 def test_an_export_does_not_disturb_the_workdir(workdir, runs):
     """Exports are no trainings, and nothing half-written lies about."""
-    names = {str(f.relative_to(workdir / "replicate_00")) for f in experiment.finished(workdir)}
+    names = {str(f.relative_to(workdir / "replicate_00")) for f in experiments.finished(workdir)}
     assert names == {"level_00", "level_01", "level_01/branch_reinit"}
     assert not list(workdir.rglob(".export*"))
 

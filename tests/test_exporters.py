@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from lth_tf import exporters, feeds, masks, pruning, storage
+from lth_tf import exporters, masks, pruning, storage
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
@@ -20,7 +20,7 @@ from lth_tf.exporters import EXPORTERS
 from lth_tf.models import MODELS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
-from lth_tf.training import initial_weights
+from lth_tf.training import feeds, initial_weights
 
 CASES = {
     "lenet": (Spec(model="lenet_20_10", dataset="digits"), (8, 8, 1)),

@@ -14,7 +14,7 @@ from test_experiment import FLAGS as ALIKE
 from test_experiment import command, contents
 
 from lth_tf import datasets, flags
-from lth_tf.experiment import imp
+from lth_tf.experiments import imp
 
 FAULTS = int(os.environ.get("LTH_TF_FAULTS", "1"))
 KINDS = ["kill", "kill", "kill and damage", "kill", "full", "terminate", "terminate and damage"]

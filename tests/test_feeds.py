@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from lth_tf import feeds
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, crops
 from lth_tf.errors import UserError
+from lth_tf.training import feeds
 
 
 def dataset(n=50, test=7):

@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import lth_tf.flags
-from lth_tf import experiment
+from lth_tf import experiments
 from lth_tf.errors import UserError
 from lth_tf.flags import REGISTRIES, expand, presets, spec_from_flags
 from lth_tf.models import MODELS
@@ -101,7 +101,7 @@ def test_preset_parses_plans_and_says_what_it_is(name):
     shape, classes = SHAPES[spec.dataset]
     if shape[0] > 64 and "width" in inspect.signature(MODELS[spec.model]).parameters:
         spec = dataclasses.replace(spec, width=spec.width / 4)  # seconds less, and GBs
-    planned = experiment.plan(spec, shape, classes)
+    planned = experiments.plan(spec, shape, classes)
     levels = spec.dense + len(spec.density) if spec.recipe == "one_shot" else spec.levels + 1
     assert planned.trainings >= levels * spec.replicates
     assert planned.steps >= spec.train_steps * spec.replicates
@@ -139,7 +139,7 @@ def test_the_presets_of_one_comparison_differ_in_the_recipe_only():
     assert {n for n in FIELDS if getattr(a, n) != getattr(b, n)} <= owned
     # Four of its levels have the densities of the others.
     shape, classes = SHAPES["fashion_mnist"]
-    planned = experiment.plan(a, shape, classes)
+    planned = experiments.plan(a, shape, classes)
     sizes = planned.kept(0)
     total = sum(sizes.values())
     found = [sum(d[n] * sizes[n] for n in d) / total for d in planned.densities]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lth_tf import launch
+from lth_tf.distribute import launch
 from lth_tf.errors import UserError
 
 WHO = "import json, os; i = json.loads(os.environ['TF_CONFIG'])['task']['index']; "
@@ -159,5 +159,5 @@ def test_free_ports_are_free_and_no_outgoing_connection_gets_them():
 def test_the_launcher_needs_no_tensorflow():
     code = "import sys, lth_tf.tools.launch_local; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "lth_tf.launch" in done.stdout.split()
+    assert "lth_tf.distribute.launch" in done.stdout.split()
     assert not {"tensorflow", "numpy"} & set(done.stdout.split())

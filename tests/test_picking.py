@@ -6,16 +6,17 @@ import functools
 import numpy as np
 import pytest
 
-from lth_tf import datasets, feeds, masks, picking
+from lth_tf import datasets, masks
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset
 from lth_tf.datasets.stream import Shard, Streamed
 from lth_tf.errors import UserError
+from lth_tf.experiments import picking
 from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import LOSSES, SCORERS, score
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
-from lth_tf.training import initial_weights, plain_model
+from lth_tf.training import feeds, initial_weights, plain_model
 
 DIGITS = datasets.load("digits")
 BASE = Spec(

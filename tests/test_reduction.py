@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_training import DIGITS, TWO, same, spec, start
 
-from lth_tf.reduction import WORTH, Reduction
 from lth_tf.training import Trainer
+from lth_tf.training.reduction import WORTH, Reduction
 
 
 def trained(communication, density, **changes):

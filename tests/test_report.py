@@ -12,8 +12,8 @@ import rich.console
 from lth_tf import masks, report
 from lth_tf.analysis import Point, Winning
 from lth_tf.analysis.comparison import Comparison
-from lth_tf.branches import BRANCHES
-from lth_tf.experiment import plan
+from lth_tf.experiments import plan
+from lth_tf.experiments.branches import BRANCHES
 from lth_tf.report.comparison import comparison_figure, comparison_table
 from lth_tf.report.figure import COLOURS
 from lth_tf.report.tables import ARMS, bench_table

@@ -12,15 +12,17 @@ import pytest
 import synthetic
 from rich.console import Console
 
-from lth_tf import bench_stream, datasets, experiment, feeds, masks, picking, training
+from lth_tf import datasets, experiments, masks, training
+from lth_tf.bench import stream as bench_stream
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, crops, stream
 from lth_tf.datasets.stream import Shard, Streamed
 from lth_tf.errors import UserError
-from lth_tf.feeds import Streaming
+from lth_tf.experiments import picking
 from lth_tf.report.tables import bench_table
 from lth_tf.spec import Spec
-from lth_tf.training import Trainer, initial_weights
+from lth_tf.training import Trainer, feeds, initial_weights
+from lth_tf.training.feeds import Streaming
 
 HELD, BATCH = 10, 12
 TRAIN = 80 - HELD
@@ -503,7 +505,7 @@ def test_scores_are_taken_on_the_first_of_each_class_that_the_stream_has(tmp_pat
             assert away.min() < 1e-5 < np.sort(away)[1]
     with pytest.raises(UserError, match="samples_per_class 40 cannot be had: class 0 has"):
         picking.batches(dataclasses.replace(s, samples_per_class=40), data, 0)
-    rows = experiment.one_shot(s, tmp_path / "run", data)
+    rows = experiments.one_shot(s, tmp_path / "run", data)
     assert [r["density"] for r in rows] == pytest.approx([0.5], abs=1e-3)
 
 

@@ -13,11 +13,13 @@ import time
 import pytest
 from test_tools import run as run_tool
 
-from lth_tf import datasets, distribution, experiment, flags, storage, sweep, trunk
+from lth_tf import datasets, distribute, experiments, flags, storage
 from lth_tf.analysis.summary import read_csv
 from lth_tf.errors import UserError
+from lth_tf.experiments import trunk
 from lth_tf.spec import Spec
-from lth_tf.sweep import gpu_share, gpus, shard_of, words_of
+from lth_tf.sweeps import processes as sweep
+from lth_tf.sweeps.processes import gpu_share, gpus, shard_of, words_of
 from lth_tf.tickets import load_ticket
 
 DIGITS = datasets.load("digits")
@@ -57,13 +59,13 @@ def trunks(tmp_path_factory):
     """Recipe -> workdir of a trunk for IMP or PICKED."""
     folder = tmp_path_factory.mktemp("trunks")
     for spec in (IMP, PICKED):
-        experiment.imp(trunk.spec(spec), folder / spec.recipe, DIGITS)
+        experiments.imp(trunk.spec(spec), folder / spec.recipe, DIGITS)
     return {spec.recipe: folder / spec.recipe for spec in (IMP, PICKED)}
 
 
 @pytest.mark.parametrize("spec", [IMP, PICKED], ids=lambda spec: spec.recipe)
 def test_a_run_with_a_trunk_ends_as_without_one(spec, trunks, tmp_path):
-    recipe, level = experiment.RECIPES[spec.recipe], "replicate_00/level_00"
+    recipe, level = experiments.RECIPES[spec.recipe], "replicate_00/level_00"
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     recipe(spec, alone, DIGITS)
     recipe(spec, shared, DIGITS, trunk=trunks[spec.recipe])
@@ -81,7 +83,7 @@ def test_a_run_with_a_trunk_ends_as_without_one(spec, trunks, tmp_path):
 def dense(workdir, **changes):
     """The dense ticket of an IMP experiment like a workdir's, made without training."""
     ticket = load_ticket(workdir / "replicate_00" / "level_00" / "ticket.safetensors")
-    spec = distribution.resolve(dataclasses.replace(IMP, **changes))
+    spec = distribute.resolve(dataclasses.replace(IMP, **changes))
     return dataclasses.replace(ticket, spec=spec)
 
 
@@ -530,7 +532,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     (folder,) = grid.trunks
     first = work / folder / "replicate_00" / "level_00" / "trained.safetensors"
     for run in grid.runs[:2]:
-        assert experiment.read_spec(work / run.folder) == distribution.resolve(run.spec)
+        assert experiments.read_spec(work / run.folder) == distribute.resolve(run.spec)
         taken = work / run.folder / "replicate_00" / "level_00" / "trained.safetensors"
         assert taken.samefile(first)
     rows = read_csv(work / "index.csv")

@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 import lth_tf.flags
 from lth_tf.analysis import read_summary
 from lth_tf.datasets import DATASETS
-from lth_tf.experiment import read_spec
+from lth_tf.experiments import read_spec
 from lth_tf.tickets import load_ticket
 
 NETWORK = [

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lth_tf import datasets, feeds, masks, pruning, training
+from lth_tf import datasets, masks, pruning, training
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
-from lth_tf.training import Trainer, initial_weights
+from lth_tf.training import Trainer, feeds, initial_weights
 
 DIGITS = datasets.load("digits")
 BASE = Spec(

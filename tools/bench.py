@@ -6,7 +6,9 @@ import rich.console
 from absl import flags
 
 import lth_tf.flags
-from lth_tf import bench, bench_stream, datasets
+from lth_tf import datasets
+from lth_tf.bench import contenders as bench
+from lth_tf.bench import stream as bench_stream
 from lth_tf.report.tables import bench_table
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)

@@ -8,8 +8,8 @@ from pathlib import Path
 from absl import flags
 
 import lth_tf.flags
-from lth_tf import command, experiment
-from lth_tf.branches import BRANCHES
+from lth_tf import command, experiments
+from lth_tf.experiments.branches import BRANCHES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.", required=True)
 BRANCH = flags.DEFINE_list(
@@ -22,7 +22,7 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($T
 
 def main() -> None:
     """Adds the branches to the workdir's controls and runs what is not there yet."""
-    spec = experiment.read_spec(Path(WORKDIR.value))
+    spec = experiments.read_spec(Path(WORKDIR.value))
     for name in BRANCH.value:
         BRANCHES[name]
     controls = tuple(dict.fromkeys([*spec.controls, *BRANCH.value]))

@@ -8,7 +8,7 @@ import rich.console
 from absl import flags
 
 import lth_tf.flags
-from lth_tf import experiment
+from lth_tf import experiments
 from lth_tf.analysis import comparison
 from lth_tf.analysis.summary import write_csv
 from lth_tf.report.comparison import comparison_figure, comparison_table
@@ -22,7 +22,7 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder for comparison.csv and .png
 
 def main() -> None:
     """Reads, tabulates and draws."""
-    found = [(Path(w), experiment.read_spec(Path(w))) for w in WORKDIRS.value]
+    found = [(Path(w), experiments.read_spec(Path(w))) for w in WORKDIRS.value]
     result, folder = comparison.compare(found), Path(OUTPUT.value)
     rows = comparison.rows(result)
     write_csv(folder / "comparison.csv", list(rows[0]), rows)

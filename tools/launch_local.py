@@ -6,7 +6,7 @@ import sys
 
 from absl import app, flags
 
-from lth_tf import launch
+from lth_tf.distribute import launch
 from lth_tf.errors import UserError
 
 WORKERS = flags.DEFINE_integer("workers", 2, "How many workers.", lower_bound=1)

@@ -10,8 +10,8 @@ import rich
 from absl import flags
 
 import lth_tf.flags
-from lth_tf import sweep
 from lth_tf.report.tables import sweep_table
+from lth_tf.sweeps import processes as sweep
 
 PRESETS = flags.DEFINE_list("presets", None, "comma-separated: presets, or paths of flag files.")
 SEEDS = flags.DEFINE_list("seeds", None, "comma-separated: values of --seed.")

@@ -20,7 +20,7 @@ from absl import logging
 
 from lth_tf.datasets import cache
 from lth_tf.datasets.stream import Shard
-from lth_tf.errors import UserError
+from lth_tf.errors import UserError, brief
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 INFO = "dataset_info.json"  # tfds writes it last: a version folder that has it is finished
@@ -190,10 +190,3 @@ def shards(source: pathlib.Path, split: str) -> tuple[Shard, ...]:
             f"first is {os.path.basename(lost[0])}; copy them there, or prepare the folder again"
         )
     return tuple(Shard(file.filename, file.skip, file.take) for file in files)
-
-
-def brief(error: Exception) -> str:
-    """Returns the kind of an error and the beginning of its first line."""
-    text = re.sub(r"\{\{.*?\}\} *", "", str(error))  # names of nodes in TensorFlow's errors
-    first = (text.strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:100]}"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lth_tf.datasets import cache, tfds
-from lth_tf.errors import UserError
+from lth_tf.errors import UserError, brief
 
 FOLDER = "tiny-imagenet-200"
 SHAPE = (64, 64, 3)
@@ -145,7 +145,7 @@ def decode(paths: Sequence[pathlib.Path]) -> np.ndarray:
                 ).numpy()
         except (OSError, tf.errors.OpError) as error:
             raise UserError(
-                f"{path} cannot be decoded ({tfds.brief(error)}); unpack {FOLDER}.zip again"
+                f"{path} cannot be decoded ({brief(error)}); unpack {FOLDER}.zip again"
             ) from error
         if found.shape != SHAPE:
             raise UserError(

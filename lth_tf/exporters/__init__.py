@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import feeds, masks, pruning, storage
+from lth_tf import masks, pruning, storage
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
@@ -26,9 +26,10 @@ from lth_tf.exporters.saved_model import saved_model
 from lth_tf.exporters.served import Reread, Served, dtype_of
 from lth_tf.exporters.workdir import find, read, sizes, weighed
 from lth_tf.masks import Mask
+from lth_tf.models import plain_model
 from lth_tf.registry import Registry
 from lth_tf.tickets import Ticket
-from lth_tf.training import plain_model
+from lth_tf.training import feeds
 
 Exporter = Callable[[Served, Path], Reread]
 EXPORTERS: Registry[Exporter] = Registry("export format")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import experiment
+from lth_tf import experiments
 from lth_tf.errors import UserError
 from lth_tf.tickets import Ticket, load_ticket, load_trained
 
@@ -20,7 +20,7 @@ def find(workdir: str | os.PathLike, replicate: int, level: int, branch: str | N
     """Returns the folder of a finished training.
 
     Args:
-      workdir: where `experiment.imp` wrote.
+      workdir: where `experiments.imp` wrote.
       replicate, level: which.
       branch: a control run off that level's ticket; None is the ticket itself.
 
@@ -35,7 +35,7 @@ def find(workdir: str | os.PathLike, replicate: int, level: int, branch: str | N
         )
     inside = Path(f"replicate_{replicate:02d}", f"level_{level:02d}")
     inside = inside / f"branch_{branch}" if branch else inside
-    done = [folder.relative_to(work) for folder in experiment.finished(work)]
+    done = [folder.relative_to(work) for folder in experiments.finished(work)]
     if inside in done:
         return work / inside
     unfinished = (work / inside).is_dir()

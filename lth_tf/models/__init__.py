@@ -6,10 +6,15 @@ draws from a seed of its own, so that equal seeds give equal weights in every pr
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from lth_tf import pruning
 from lth_tf.compat import keras
 from lth_tf.errors import UserError
 from lth_tf.models import parts, resnet, vgg
@@ -17,7 +22,12 @@ from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, 
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 
-__all__ = ["INITS", "MODELS", "StatelessDropout", "build"]
+__all__ = [
+    "INITS", "MODELS", "StatelessDropout", "Weights", "build", "initial_weights", "plain_model",
+    "policy",
+]  # fmt: skip
+
+Weights = dict[str, np.ndarray]
 
 
 def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
@@ -38,6 +48,32 @@ def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> 
             )
     with parts.synchronized(spec.sync_batch_norm):
         return builder(input_shape, classes, seed, **options)
+
+
+@contextlib.contextmanager
+def policy(precision: str) -> Iterator[None]:
+    """Within, Keras builds layers under this mixed-precision policy."""
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(precision)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
+
+
+def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
+    """Returns the spec's network without masks, in float64 or else float32."""
+    with policy("float64" if spec.precision == "float64" else "float32"):
+        return build(spec, input_shape, classes, seed)
+
+
+def initial_weights(
+    spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int
+) -> tuple[Weights, list[str]]:
+    """Returns the weights that the model starts from under `seed`, and its kernels' names."""
+    model = plain_model(spec, input_shape, classes, seed)
+    values = {name: v.numpy() for name, v in pruning.weights(model).items()}
+    return values, list(pruning.kernels(model))
 
 
 def _lenet(units: list[int]) -> Builder:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lth_tf.analysis.winning import MARGIN, Point, Winning, points
-from lth_tf.experiment import Plan
+from lth_tf.experiments import Plan
 from lth_tf.scopes import count
 from lth_tf.scorers import ROUNDS
 from lth_tf.spec import Spec

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import distribution, pruning
+from lth_tf import distribute, pruning
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 
@@ -314,15 +314,15 @@ class Network:
         self, function: Any, values: list, parts: _Parts, loss: Loss, temperature: float = 1.0,
         *vector: list,
     ) -> list[np.ndarray]:  # fmt: skip
-        """The sum over all parts, which are dealt out to the devices of `distribution.scored_on`.
+        """The sum over all parts, which are dealt out to the devices of `distribute.scored_on`.
 
         A part stays whole, and those of one process are added up in their order: the sum does
         not depend on how many devices there are.
         """
-        strategy = distribution.scored_on()
-        workers, count = distribution.workers_of(strategy), strategy.num_replicas_in_sync
+        strategy = distribute.scored_on()
+        workers, count = distribute.workers_of(strategy), strategy.num_replicas_in_sync
         devices = strategy.extended.worker_devices if count > 1 else (None,)
-        first = distribution.first_replica(strategy)
+        first = distribute.first_replica(strategy)
 
         def results() -> Iterator[list[Any]]:
             begun: list[tuple] = []

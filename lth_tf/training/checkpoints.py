@@ -14,7 +14,7 @@ import numpy as np
 
 from lth_tf import storage
 from lth_tf.errors import UserError
-from lth_tf.training import Interrupted, State
+from lth_tf.training.trainer import Interrupted, State
 
 KEPT = 2
 _PATTERN = "checkpoint_*.safetensors"

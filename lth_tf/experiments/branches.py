@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lth_tf import masks, picking
+from lth_tf import masks
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
+from lth_tf.experiments import picking
+from lth_tf.models import initial_weights
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
-from lth_tf.training import initial_weights
 
 Start = Mapping[str, np.ndarray]
 Branch = Callable[[Ticket, Start, Dataset], Ticket]
@@ -70,6 +71,12 @@ def absolute(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """
     require("absolute", ticket.spec)
     return _picked_again(ticket, start, dataset, np.abs)
+
+
+def branch(ticket: Ticket, name: str, start: Mapping, dataset: Dataset) -> Ticket:
+    """Returns the control `name` of a ticket, marked as such; see `branches`."""
+    control = BRANCHES[name](ticket, start, dataset)
+    return dataclasses.replace(control, origin={**control.origin, "arm": name})
 
 
 def require(name: str, spec: Spec) -> None:

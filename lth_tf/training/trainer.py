@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -11,75 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import distribution, feeds, models, pruning, schedules
+from lth_tf import distribute, models, pruning
 from lth_tf.callbacks import Rewind
 from lth_tf.callbacks.rewind import optimizer_state
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
-from lth_tf.feeds import CHUNK
 from lth_tf.masks import Mask
-from lth_tf.reduction import Reduction
-from lth_tf.registry import Registry
+from lth_tf.models import Weights, policy
 from lth_tf.spec import Spec
-
-Weights = dict[str, np.ndarray]
+from lth_tf.training import feeds
+from lth_tf.training.feeds import CHUNK
+from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
+from lth_tf.training.reduction import Reduction
 
 _SECONDS = 5.0  # most that steps between two looks at whether to stop should take
 _PACE = 32  # as many are done at first
-OPTIMIZERS: Registry[Callable[[Any, Spec], Any]] = Registry("optimizer")
-
-
-@OPTIMIZERS.register("adam")
-def adam(rate: Any, spec: Spec) -> Any:
-    """Adam (Kingma and Ba 2015), beta 0.9 and 0.999, epsilon 1e-7."""
-    return keras.optimizers.Adam(rate, jit_compile=False)
-
-
-@OPTIMIZERS.register("adamw")
-def adamw(rate: Any, spec: Spec) -> Any:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
-    return keras.optimizers.AdamW(rate, weight_decay=spec.weight_decay, jit_compile=False)
-
-
-@OPTIMIZERS.register("sgd")
-def sgd(rate: Any, spec: Spec) -> Any:
-    """Stochastic gradient descent."""
-    return keras.optimizers.SGD(rate, jit_compile=False)
-
-
-@OPTIMIZERS.register("momentum")
-def momentum(rate: Any, spec: Spec) -> Any:
-    """SGD with heavy-ball momentum."""
-    return keras.optimizers.SGD(rate, momentum=spec.momentum, jit_compile=False)
-
-
-@OPTIMIZERS.register("nesterov")
-def nesterov(rate: Any, spec: Spec) -> Any:
-    """SGD with Nesterov's momentum."""
-    return keras.optimizers.SGD(rate, momentum=spec.momentum, nesterov=True, jit_compile=False)
-
-
-@keras.saving.register_keras_serializable(package="lth_tf")
-class Table(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning rate looked up by step, the last one for ever after.
-
-    Args:
-      values: the rate of each step, float[steps].
-    """
-
-    def __init__(self, values: Any):
-        self.values = np.asarray(values, np.float64)
-
-    def __call__(self, step: Any) -> Any:
-        """Returns the rate of a step, float64 []."""
-        index = tf.minimum(tf.cast(step, tf.int32), len(self.values) - 1)
-        return tf.gather(tf.constant(self.values), index)
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the configuration."""
-        return {"values": self.values.tolist()}
-
 
 class DivergedError(UserError):
     """The loss is NaN or infinite."""
@@ -130,32 +76,6 @@ class Trained:
     captured: Weights | None = None
 
 
-@contextlib.contextmanager
-def policy(precision: str) -> Iterator[None]:
-    """Within, Keras builds layers under this mixed-precision policy."""
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(precision)
-    try:
-        yield
-    finally:
-        keras.mixed_precision.set_global_policy(before)
-
-
-def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
-    """Returns the spec's network without masks, in float64 or else float32."""
-    with policy("float64" if spec.precision == "float64" else "float32"):
-        return models.build(spec, input_shape, classes, seed)
-
-
-def initial_weights(
-    spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int
-) -> tuple[Weights, list[str]]:
-    """Returns the weights that the model starts from under `seed`, and its kernels' names."""
-    model = plain_model(spec, input_shape, classes, seed)
-    values = {name: v.numpy() for name, v in pruning.weights(model).items()}
-    return values, list(pruning.kernels(model))
-
-
 class Trainer:
     """Trains tickets of one spec: the model and its graphs are built once, for all levels.
 
@@ -180,8 +100,8 @@ class Trainer:
         self.dataset: Any = dataset
         self.input_shape = tuple(dataset.input_shape)
         self.classes = dataset.classes
-        self.strategy = strategy or distribution.strategy_of(spec)
-        self.workers = distribution.workers_of(self.strategy)
+        self.strategy = strategy or distribute.strategy_of(spec)
+        self.workers = distribute.workers_of(self.strategy)
         replicas = self.strategy.num_replicas_in_sync
         self.feed = feeds.feed(dataset, spec, self.strategy)
         if spec.batch_size > self.feed.sizes["train"]:
@@ -192,13 +112,13 @@ class Trainer:
         with policy(spec.precision), self.strategy.scope():
             plain = models.build(spec, self.input_shape, self.classes, spec.seed)
             self.model = pruning.prune(plain)
-            self._rate = _rate(spec)
+            self._rate = learning_rate(spec)
             self.model.compile(OPTIMIZERS[spec.optimizer](self._rate, spec))
             self.optimizer = self.model.optimizer
             self.optimizer.build(self.model.trainable_variables)
         pruning.require_maskable(self.optimizer)
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
-        self._averaged = [v for v in self.model.variables if distribution.is_own(v)]
+        self._averaged = [v for v in self.model.variables if distribute.is_own(v)]
         self._pace, self._kept = _PACE, None
         compiled = _compiles(spec, replicas, plain)
         loops = compiled and self.feed.loops
@@ -279,7 +199,7 @@ class Trainer:
 
     def evaluate(self, part: str) -> tuple[float, float]:
         """Returns mean loss and accuracy (0 to 1) on 'train', 'validation' or 'test'."""
-        with self.feed.reading(), distribution.lost():
+        with self.feed.reading(), distribute.lost():
             loss, correct = self._evaluation(self.feed.part(part), part)
         return float(loss) / self.feed.sizes[part], float(correct) / self.feed.sizes[part]
 
@@ -406,7 +326,7 @@ class Trainer:
         # As tensors: a graph would be traced for each number that is a Python one.
         numbers = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
         began = time.perf_counter()
-        with self.feed.reading(), distribution.lost():
+        with self.feed.reading(), distribute.lost():
             source = self.feed.begin(step, end, seed)
             sums = self._chunk(source, *numbers, tf.constant(total, tf.float64), self._kept)
         total, bad = float(sums[0]), int(sums[1])
@@ -435,9 +355,9 @@ class Trainer:
         """Returns all that training changes: what replicas share, then each replica's own."""
         shared: dict[str, np.ndarray] = {}
         own: dict[str, np.ndarray] = {}
-        first = distribution.first_replica(self.strategy)
+        first = distribute.first_replica(self.strategy)
         for name, variable in self._changed():
-            if distribution.is_own(variable):
+            if distribute.is_own(variable):
                 values = enumerate(variable.values, first)
                 own |= {f"replica_{i}/{name}": value.numpy() for i, value in values}
             else:
@@ -447,9 +367,9 @@ class Trainer:
         return shared
 
     def _restore(self, state: State) -> None:
-        first = distribution.first_replica(self.strategy)
+        first = distribute.first_replica(self.strategy)
         for name, variable in self._changed():
-            own = distribution.is_own(variable)
+            own = distribute.is_own(variable)
             for i, part in enumerate(variable.values if own else [variable], first):
                 key = f"replica_{i}/{name}" if own else name
                 if key not in state.variables:
@@ -501,22 +421,6 @@ class Trainer:
         rate = optimizer._learning_rate  # the property would hide the schedule
         value = rate(optimizer.iterations) if callable(rate) else rate
         return float(keras.backend.get_value(value))
-
-
-def _rate(spec: Spec) -> Any:
-    """A float where the rate is constant, so that callbacks may change it; else a table."""
-    if spec.lr_schedule == "constant" and not spec.warmup_steps:
-        return spec.learning_rate
-    return Table(
-        schedules.learning_rates(
-            spec.lr_schedule,
-            spec.learning_rate,
-            spec.train_steps,
-            drops=spec.lr_drops,
-            factor=spec.lr_drop_factor,
-            warmup=spec.warmup_steps,
-        )
-    )
 
 
 def _compiles(spec: Spec, replicas: int, model: Any) -> bool:

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lth_tf import flags, storage, trunk
+from lth_tf import flags, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
+from lth_tf.experiments import trunk
 from lth_tf.spec import Spec
 
 COLUMNS = (

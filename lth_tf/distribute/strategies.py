@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lth_tf import cluster
 from lth_tf.compat import heartbeats, tf
-from lth_tf.datasets.tfds import brief
-from lth_tf.errors import UserError
+from lth_tf.distribute import cluster
+from lth_tf.errors import UserError, brief
 from lth_tf.spec import Spec
 
 Arrays = Mapping[str, np.ndarray]

@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import distribution, feeds, masks, models, pruning
-from lth_tf.checkpoints import save
+from lth_tf import distribute, masks, models, pruning
 from lth_tf.compat import keras, tf, tfmot
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
-from lth_tf.feeds import CHUNK
 from lth_tf.masks import Scores
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
-from lth_tf.training import OPTIMIZERS, State, Trainer, Weights, initial_weights, policy
+from lth_tf.training import OPTIMIZERS, State, Trainer, Weights, feeds, initial_weights, policy
+from lth_tf.training.checkpoints import save
+from lth_tf.training.feeds import CHUNK
 
 DENSITY = 0.2
 SCALE_DENSITIES = 1.0, 0.2, 0.05
@@ -154,7 +154,7 @@ def _advancing(trainer: Trainer, steps: int) -> Contender:
 def two_replicas(spec: Spec) -> Spec:
     """Returns the spec on two devices, which it makes of a CPU where nothing is computed yet."""
     two = dataclasses.replace(spec, distribute="mirrored", devices=2, compile="off")
-    return distribution.resolve(two)
+    return distribute.resolve(two)
 
 
 def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def score(spec: Spec, input_shape: tuple[int, ...], classes: int, rounds: int) -
     peaks = {}
     for name in contenders:
         child = (
-            "import json, sys; from lth_tf import bench; "
+            "import json, sys; from lth_tf.bench import contenders as bench; "
             "bench.once(*map(json.loads, sys.argv[1:]))"
         )
         arguments = map(json.dumps, (name, spec.as_dict(), input_shape, classes))

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lth_tf import checkpoints, storage
+from lth_tf import storage
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained
+from lth_tf.training import checkpoints
 
 # Fields of Spec that decide which masks there are, and what is trained under them. Any other
 # field changes the dense training, too, unless its metadata say `grows`.

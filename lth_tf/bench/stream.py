@@ -17,9 +17,9 @@ from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.datasets import stream as streams
 from lth_tf.errors import UserError
-from lth_tf.feeds import CHUNK, Streaming
 from lth_tf.spec import Spec
 from lth_tf.training import Trainer
+from lth_tf.training.feeds import CHUNK, Streaming
 
 WARM = 2 * streams.AHEAD + 1  # steps not measured: buffers are filled, or emptied
 INTERVAL = 0.1  # seconds between two looks at the memory

@@ -19,9 +19,8 @@ import numpy as np
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed, crops, stream
 from lth_tf.datasets.stream import Shard
-from lth_tf.datasets.tfds import brief
-from lth_tf.distribution import first_replica, place_of
-from lth_tf.errors import UserError
+from lth_tf.distribute import first_replica, place_of
+from lth_tf.errors import UserError, brief
 from lth_tf.spec import Spec
 
 CHUNK = 1000  # most steps in one call of the graph

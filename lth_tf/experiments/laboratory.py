@@ -1,11 +1,10 @@
-"""Experiments: recipes that go from level to level and resume, since a file that exists is done."""
+"""The laboratory: one workdir in which tickets are made and trained, or read where they are."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 import warnings
@@ -15,30 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import (
-    analysis,
-    branches,
-    checkpoints,
-    distribution,
-    masks,
-    models,
-    picking,
-    pruning,
-    schedules,
-    storage,
-    trunk,
-)
+from lth_tf import analysis, distribute, masks, models, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.callbacks import Summaries
 from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
+from lth_tf.experiments import picking, trunk
+from lth_tf.experiments.branches import branch
+from lth_tf.experiments.plans import Plan, plan
+from lth_tf.experiments.workdirs import require_own
 from lth_tf.masks import Mask
-from lth_tf.scopes import SCOPES, count
+from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
-from lth_tf.training import Trained, Trainer, initial_weights
+from lth_tf.training import Trained, Trainer, checkpoints, initial_weights
 
 _TRAINED = "trained.safetensors"
 METRICS = (
@@ -51,101 +42,6 @@ METRICS = (
     "learning_rate",
     "seconds",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What an experiment will do.
-
-    Attributes:
-      shapes: kernel name -> shape.
-      rates: for imp kernel name -> fraction of its weights removed per level.
-      densities: for each level, kernel name -> density.
-      controls: level -> names of the branches run there.
-      trainings: their number over all replicates, controls included.
-      steps: their training steps in total.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    rates: dict[str, float]
-    densities: list[dict[str, float]]
-    controls: dict[int, tuple[str, ...]]
-    trainings: int
-    steps: int
-
-    def kept(self, level: int) -> dict[str, int]:
-        """Returns how many weights of each kernel a level keeps under layerwise pruning."""
-        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        return {name: count(d, sizes[name]) for name, d in self.densities[level].items()}
-
-
-def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
-    """Returns what `imp` or `one_shot` would do.
-
-    Raises:
-      UserError: a density that cannot be reached, control levels that do not exist, or a
-        control that such tickets cannot have.
-    """
-    model = models.build(spec, input_shape, classes, spec.seed)
-    shapes = {name: tuple(v.shape) for name, v in pruning.kernels(model).items()}
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    rates: dict[str, float] = {}
-    if spec.recipe == "one_shot":
-        densities = picking.densities(spec, sizes)
-        if spec.min_per_layer or spec.scope != "global":  # whose budgets may not be possible
-            blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-            for each in densities[1:]:
-                SCOPES[spec.scope](blank, each, min_per_layer=spec.min_per_layer)
-    else:
-        rates = _rates(spec, pruning.kinds(model))
-        densities = schedules.level_densities(
-            sizes,
-            rates,
-            levels=spec.levels if spec.target_density is None else None,
-            target_density=spec.target_density,
-            one_shot=spec.one_shot,
-        )
-        if empty := [n for n, d in densities[-1].items() if not count(d, sizes[n])]:
-            raise UserError(
-                f"nothing would be left of {', '.join(empty)} at the last level, which would cut "
-                "the network; ask for fewer levels or a higher density"
-            )
-    for name in spec.controls:
-        branches.require(name, spec)
-    last = len(densities) - 1
-    levels = spec.control_levels or range(1, last + 1)
-    if bad := [level for level in levels if not 1 <= level <= last]:
-        raise UserError(
-            f"control_levels {bad} are out of range; controls run off pruned tickets, here "
-            f"levels 1 to {last}"
-        )
-    controls = {level: spec.controls for level in levels if spec.controls}
-    first, end = spec.retrain_span
-    dense = spec.recipe == "imp" or spec.dense
-    fresh = end if spec.retrain == "rewind" else end - first  # a control may have no past
-    extra = sum(len(names) for names in controls.values())
-    steps = dense * spec.train_steps + last * (end - first) + extra * fresh
-    return Plan(
-        shapes,
-        rates,
-        densities,
-        controls,
-        (dense + last + extra) * spec.replicates,
-        steps * spec.replicates,
-    )
-
-
-def _rates(spec: Spec, kinds: Mapping[str, str]) -> dict[str, float]:
-    """Kernel name -> fraction of its weights that a level removes."""
-    own = {"conv": spec.prune_fraction_conv, "output": spec.prune_fraction_output, "dense": None}
-    rates = {
-        name: spec.prune_fraction if own[kind] is None else float(own[kind] or 0)
-        for name, kind in kinds.items()
-    } | dict.fromkeys(picking.protected(spec, kinds), 0.0)
-    if spec.levels and not any(rates.values()):
-        raise UserError("nothing would ever be pruned: every prune fraction is 0")
-    return rates
-
 
 class Laboratory:
     """One workdir: trains tickets in folders, or reads what was trained there before.
@@ -382,7 +278,7 @@ class Laboratory:
 
     def pick(self, dense: Ticket, level: int) -> Ticket:
         """Returns the ticket that the spec's scorer picks; says what of the network is cut."""
-        with distribution.scoring(self.trainer.strategy):
+        with distribute.scoring(self.trainer.strategy):
             ticket = picking.pick(dense, self.trainer.dataset, self.plan.densities[level], level)
         model = models.build(self.spec, self.trainer.input_shape, self.trainer.classes, 0)
         found = analysis.collapse(ticket.mask, analysis.connected(model, ticket.mask))
@@ -394,7 +290,7 @@ class Laboratory:
         """Trains the ticket's controls, each in a folder inside the ticket's."""
         for name in self.plan.controls.get(ticket.level, ()):
             here = folder / f"branch_{name}"
-            with distribution.scoring(self.trainer.strategy):
+            with distribute.scoring(self.trainer.strategy):
                 control = self.ticket(
                     here,
                     lambda: branch(ticket, name, start, self.trainer.dataset),  # noqa: B023
@@ -403,7 +299,7 @@ class Laboratory:
 
 
 @contextlib.contextmanager
-def laboratory(
+def opened(
     spec: Spec,
     workdir: str | os.PathLike,
     dataset: Dataset,
@@ -411,10 +307,10 @@ def laboratory(
     trunk: str | os.PathLike | None = None,
 ) -> Iterator[Laboratory]:
     """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint."""
-    work, spec = Path(workdir), distribution.resolve(spec)
-    strategy = distribution.strategy_of(spec)
-    workers = distribution.workers_of(strategy)
-    with distribution.lost(), contextlib.ExitStack() as stack:
+    work, spec = Path(workdir), distribute.resolve(spec)
+    strategy = distribute.strategy_of(spec)
+    workers = distribute.workers_of(strategy)
+    with distribute.lost(), contextlib.ExitStack() as stack:
 
         def own() -> tuple[dict, None]:
             stack.enter_context(storage.lock(work))
@@ -435,143 +331,3 @@ def laboratory(
                     "nothing then"
                 )
         yield lab
-
-
-def imp(
-    spec: Spec,
-    workdir: str | os.PathLike,
-    dataset: Dataset,
-    progress: Callable[[Plan], Any] | None = None,
-    *,
-    trunk: str | os.PathLike | None = None,
-) -> list[dict[str, Any]]:
-    """Iterative magnitude pruning with rewinding, in all replicates, with controls.
-
-    Frankle and Carbin 2019, section 1: train, prune, rewind, again; `retrain` and
-    `rewind_step` give the variants of Renda et al. 2020 and Frankle et al. 2020.
-    Started again on the same workdir it goes on where it was.
-
-    Args:
-      spec: the experiment.
-      workdir: folder for everything it writes.
-      dataset: images and labels; see `datasets.load`.
-      progress: given the plan, returns a `callbacks.progress.Progress`.
-      trunk: another workdir, whose dense network is the same and is not trained again.
-
-    Returns:
-      The rows of summary.csv.
-
-    Raises:
-      UserError: see `Trainer` and `plan`; or the workdir belongs to
-        another spec or process, cannot be written or holds a damaged file.
-    """
-    with laboratory(spec, workdir, dataset, progress, trunk) as lab:
-        for replicate in range(spec.replicates):
-            folder = lab.workdir / f"replicate_{replicate:02d}"
-            here = folder / "level_00"
-            initial = ticket = lab.ticket(here, lambda: lab.dense(replicate))  # noqa: B023
-            k = spec.rewind_at
-            trained = lab.train(here, ticket, capture=k or None)
-            rewound = lab.rewound(here) if k else initial.weights
-            for level in range(1, len(lab.plan.densities)):
-                here = folder / f"level_{level:02d}"
-                start = rewound if spec.retrain == "rewind" else trained
-                ticket = lab.ticket(here, lambda: lab.prune(ticket, trained, start, level))  # noqa: B023
-                trained = lab.train(here, ticket)
-                lab.branches(here, ticket, start)
-    return lab.summary
-
-
-def one_shot(
-    spec: Spec,
-    workdir: str | os.PathLike,
-    dataset: Dataset,
-    progress: Callable[[Plan], Any] | None = None,
-    *,
-    score_only: bool = False,
-    trunk: str | os.PathLike | None = None,
-) -> list[dict[str, Any]]:
-    """Pruning before training: a ticket of each density, picked from the initial weights.
-
-    Level i is the ticket of the i-th density, from the highest on; level 0, the dense
-    network, is trained with `spec.dense` only. Resumes as `imp` does.
-
-    Args:
-      spec, workdir, dataset, progress, trunk: as for `imp`; the spec's recipe is 'one_shot'.
-      score_only: write the tickets and stop.
-
-    Returns:
-      The rows of summary.csv.
-
-    Raises:
-      UserError: as `imp`; see also `scorers.one_shot_mask`.
-    """
-    with laboratory(spec, workdir, dataset, progress, trunk) as lab:
-        for replicate in range(spec.replicates):
-            folder, dense = lab.workdir / f"replicate_{replicate:02d}", lab.dense(replicate)
-            if spec.dense and not score_only:
-                lab.train(folder / "level_00", lab.ticket(folder / "level_00", lambda: dense))  # noqa: B023
-            for level in range(1, len(lab.plan.densities)):
-                here = folder / f"level_{level:02d}"
-                ticket = lab.ticket(here, lambda: lab.pick(dense, level))  # noqa: B023
-                if not score_only:
-                    lab.train(here, ticket)
-                    lab.branches(here, ticket, dense.weights)
-    return lab.summary
-
-
-RECIPES: dict[str, Callable[..., list[dict[str, Any]]]] = {"imp": imp, "one_shot": one_shot}
-
-
-def branch(ticket: Ticket, name: str, start: Mapping, dataset: Dataset) -> Ticket:
-    """Returns the control `name` of a ticket, marked as such; see `branches`."""
-    control = branches.BRANCHES[name](ticket, start, dataset)
-    return dataclasses.replace(control, origin={**control.origin, "arm": name})
-
-
-def require_own(workdir: Path, spec: Spec) -> None:
-    """Checks that `workdir` is the spec's, or nobody's; what was never finished is removed.
-
-    Raises:
-      UserError: the folder belongs to another spec; names the fields that differ.
-    """
-    path = workdir / "spec.json"
-    if path.exists():
-        found = read_spec(workdir)
-        mine, theirs = spec.identity(), found.identity()
-        differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
-        kept = "ticket.*" if found.recipe == "one_shot" else "checkpoint_*"
-        begun = any(workdir.glob(f"replicate_*/**/{kept}"))
-        if differing and not begun and next(finished(workdir), None) is None:
-            # Whoever had it never finished anything: a first try with a mistake in it.
-            for folder in workdir.glob("replicate_*"):
-                shutil.rmtree(folder)
-        elif differing:
-            there, here = found.as_dict(), spec.as_dict()
-            if found.recipe != spec.recipe:
-                differing = ["recipe"]
-            listed = "; ".join(f"{n} is {there[n]!r} there, {here[n]!r} here" for n in differing)
-            raise UserError(
-                f"{str(workdir)!r} belongs to another experiment: {listed}; choose another "
-                "--workdir or the same values"
-            )
-
-
-def read_spec(workdir: Path) -> Spec:
-    """Returns the spec of a workdir; raises UserError where there is none or it is damaged."""
-    path = workdir / "spec.json"
-    try:
-        return Spec.from_dict(json.loads(path.read_text()))
-    except OSError as error:
-        raise UserError(
-            f"{str(workdir)!r} is not the workdir of an experiment: {error.strerror or error} "
-            f"({path.name})"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
-
-
-def finished(workdir: Path) -> Iterator[Path]:
-    """Yields the folders of a workdir whose training is finished."""
-    for path in sorted(Path(workdir).glob("replicate_*/level_*/**/trained.safetensors")):
-        yield path.parent

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import distribution, feeds, masks, pruning
+from lth_tf import distribute, masks, pruning
 from lth_tf.compat import tf
 from lth_tf.masks import Mask
+from lth_tf.training import feeds
 
 WORTH = 0.5  # density below which `auto` packs what goes over a network
 
@@ -63,7 +64,7 @@ class Reduction:
         if self._strategy.num_replicas_in_sync == 1 or density == 1:
             return False
         if self._communication == "auto":
-            return distribution.place_of(self._strategy)[1] > 1 and density < WORTH
+            return distribute.place_of(self._strategy)[1] > 1 and density < WORTH
         return self._communication == "packed"
 
     def __call__(self, kept: Any, values: list[Any]) -> list[Any]:

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import feeds, masks
+from lth_tf import masks
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
+from lth_tf.models import plain_model
 from lth_tf.scopes import count
 from lth_tf.scorers import LOSSES, ROUNDS, one_shot_mask
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
-from lth_tf.training import plain_model
+from lth_tf.training import feeds
 
 Transform = Callable[[np.ndarray], np.ndarray]
 

@@ -1,0 +1,59 @@
+"""Workdirs: whose a folder is, and which trainings are finished in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lth_tf.errors import UserError
+from lth_tf.spec import Spec
+
+
+def require_own(workdir: Path, spec: Spec) -> None:
+    """Checks that `workdir` is the spec's, or nobody's; what was never finished is removed.
+
+    Raises:
+      UserError: the folder belongs to another spec; names the fields that differ.
+    """
+    path = workdir / "spec.json"
+    if path.exists():
+        found = read_spec(workdir)
+        mine, theirs = spec.identity(), found.identity()
+        differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+        kept = "ticket.*" if found.recipe == "one_shot" else "checkpoint_*"
+        begun = any(workdir.glob(f"replicate_*/**/{kept}"))
+        if differing and not begun and next(finished(workdir), None) is None:
+            # Whoever had it never finished anything: a first try with a mistake in it.
+            for folder in workdir.glob("replicate_*"):
+                shutil.rmtree(folder)
+        elif differing:
+            there, here = found.as_dict(), spec.as_dict()
+            if found.recipe != spec.recipe:
+                differing = ["recipe"]
+            listed = "; ".join(f"{n} is {there[n]!r} there, {here[n]!r} here" for n in differing)
+            raise UserError(
+                f"{str(workdir)!r} belongs to another experiment: {listed}; choose another "
+                "--workdir or the same values"
+            )
+
+
+def read_spec(workdir: Path) -> Spec:
+    """Returns the spec of a workdir; raises UserError where there is none or it is damaged."""
+    path = workdir / "spec.json"
+    try:
+        return Spec.from_dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(
+            f"{str(workdir)!r} is not the workdir of an experiment: {error.strerror or error} "
+            f"({path.name})"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
+
+
+def finished(workdir: Path) -> Iterator[Path]:
+    """Yields the folders of a workdir whose training is finished."""
+    for path in sorted(Path(workdir).glob("replicate_*/level_*/**/trained.safetensors")):
+        yield path.parent

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of experiments as processes of their own, with one index of what came out."""
