@@ -76,8 +76,6 @@ def _run(
     if plan_only:
         return
     work = Path(workdir or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
-    rows = experiments.RECIPES[spec.recipe](
-        spec, work, data, lambda p: Progress(console, p.steps), **options
-    )
+    rows = experiments.run(spec, work, data, lambda p: Progress(console, p.steps), **options)
     if workers is None or workers.chief:
         report.finish(console, rows, work, spec)

@@ -355,7 +355,7 @@ def data_set(name: str | None, data_dir: str | None) -> list[Finding]:
     if name is None:
         return []
     if name == "digits":
-        images = datasets.load(name).train_images
+        images = datasets.load(name).train_inputs
         return [Finding(title, "ok", f"{len(images):,} images in the package")]
     if name == "tiny_imagenet":
         try:

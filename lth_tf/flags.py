@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import itertools
 import os
+import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +19,12 @@ from lth_tf.errors import UserError
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.models import INITS, MODELS
 from lth_tf.pruning import InvariantError
+from lth_tf.recipes import RECIPES
 from lth_tf.registry import Registry, nearest
 from lth_tf.schedules import LR_SCHEDULES
 from lth_tf.scopes import SCOPES
-from lth_tf.scorers import LOSSES, SCORERS
-from lth_tf.spec import Spec
+from lth_tf.scorers import LOSSES, SCORERS, field_of, options_of
+from lth_tf.spec import Spec, fields_of, owners
 from lth_tf.training import OPTIMIZERS
 
 REGISTRIES: dict[str, Registry] = {
@@ -31,10 +35,10 @@ REGISTRIES: dict[str, Registry] = {
     "lr_schedules": LR_SCHEDULES,
     "models": MODELS,
     "optimizers": OPTIMIZERS,
+    "recipes": RECIPES,
     "scopes": SCOPES,
     "scorers": SCORERS,
 }
-DEFAULTS: dict[str, dict[str, Any]] = {"imp": {}, "one_shot": {"scope": "global"}}
 
 
 class _Parser(flags.ArgumentParser):
@@ -87,18 +91,18 @@ def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **default
     """Defines a flag for every field of Spec that the recipes have, and --preset.
 
     Args:
-      *recipes: 'imp', 'one_shot', both, or nothing for the fields that all have.
+      *recipes: keys of RECIPES; none for the fields that all have.
       values: where they are defined (default: where absl's main looks).
       **defaults: field -> default, where it is not Spec's.
     """
-    for field in _fields(*recipes):
+    known = _fields(*recipes)
+    for field in known:
         if field.name in values:
             continue
         default = defaults.get(field.name, field.default)
         text = field.metadata["help"]
         if registry := field.metadata.get("registry"):
-            entry = REGISTRIES[registry]
-            text += f" One of: {', '.join([*entry, *entry._families])}."
+            text += f" One of: {', '.join(REGISTRIES[registry].choices)}."
         if choices := field.metadata.get("choices"):
             text += f" One of: {', '.join(choices)}."
         if field.type == "bool":
@@ -112,11 +116,15 @@ def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **default
                 serializer=_Serializer(),
                 flag_values=values,
             )
-    if "one_shot" in recipes and "compression" not in values:
+    if any(field.name == "density" for field in known) and "compression" not in values:
         flags.DEFINE_list(
             "compression", None, "comma-separated: 1 / density; takes the place of --density.",
             flag_values=values,
         )  # fmt: skip
+    if any(field.name == "scorer" for field in known):
+        for name, (scorer, option) in _scorer_flags().items():
+            if name not in values:
+                _define_option(name, scorer, option, values)
     if "preset" not in values:
         flags.DEFINE_string(
             "preset",
@@ -127,13 +135,59 @@ def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **default
         )
 
 
+def _scorer_flags() -> dict[str, tuple[str, str]]:
+    """Flag -> (scorer, option), for the options that no field of Spec has."""
+    return {
+        f"{scorer}_{option}": (scorer, option)
+        for scorer in SCORERS
+        for option in options_of(scorer)
+        if option != "seed" and field_of(scorer, option) is None
+    }
+
+
+def _define_option(name: str, scorer: str, option: str, values: flags.FlagValues) -> None:
+    """Defines the flag of a scorer's option: type and choices of its annotation, help of its Args.
+
+    Not given it is None, so that the scorer's own default holds.
+    """
+    parameter = options_of(scorer)[option]
+    found = re.search(
+        rf"^ +{option}: (.*?)(?=\n *\n|\n +\w+: |\Z)", SCORERS[scorer].__doc__ or "", re.S | re.M
+    )
+    text = " ".join(found[1].split()) if found else f"Option {option!r}."
+    text = f"For --scorer={scorer}: {text} (default: {parameter.default})"
+    kinds = [parameter.annotation, *typing.get_args(parameter.annotation), type(parameter.default)]
+    if typing.get_origin(parameter.annotation) is typing.Literal:
+        choices = list(typing.get_args(parameter.annotation))
+        flags.DEFINE_enum(name, None, choices, text, flag_values=values)
+    elif bool in kinds:
+        flags.DEFINE_bool(name, None, text, flag_values=values)
+    elif float in kinds:
+        flags.DEFINE_float(name, None, text, flag_values=values)
+    elif int in kinds:
+        flags.DEFINE_integer(name, None, text, flag_values=values)
+    else:
+        flags.DEFINE_string(name, None, text, flag_values=values)
+
+
+def _scorer_options(scorer: str, values: flags.FlagValues) -> tuple[tuple[str, Any], ...]:
+    """The options that the flags give the scorer and that are not its defaults."""
+    found = []
+    for name, (owner, option) in _scorer_flags().items():
+        value = values[name].value
+        if value is None:
+            continue
+        if owner != scorer:
+            raise UserError(f"{name} {value!r} needs --scorer={owner}")
+        if value != options_of(scorer)[option].default:
+            found.append((option, value))
+    return tuple(found)
+
+
 def _fields(*recipes: str) -> list[dataclasses.Field]:
-    return [
-        field
-        for field in dataclasses.fields(Spec)
-        if field.metadata.get("flag", True)
-        and ("recipe" not in field.metadata or field.metadata["recipe"] in recipes)
-    ]
+    shared = {name for name in fields_of() if not owners(name)}
+    names = set(fields_of(*recipes)) if recipes else shared
+    return [f for f in dataclasses.fields(Spec) if f.name in names and f.metadata.get("flag", True)]
 
 
 def spec_from_flags(recipe: str = "imp", values: flags.FlagValues = flags.FLAGS) -> Spec:
@@ -143,37 +197,42 @@ def spec_from_flags(recipe: str = "imp", values: flags.FlagValues = flags.FLAGS)
             f"--preset={values.preset} inside a flag file is not expanded; write "
             f"--flagfile={presets().get(values.preset, 'PATH')} there"
         )
-    given = {field.name: values[field.name].value for field in _fields(recipe)}
-    if recipe == "one_shot" and values.compression is not None:
+    given: dict[str, Any] = {field.name: values[field.name].value for field in _fields(recipe)}
+    if "density" in given and values.compression is not None:
         given["density"] = tuple(_density(text) for text in values.compression)
+    if "scorer" in given:
+        given["scorer_options"] = _scorer_options(given["scorer"], values)
     return Spec(recipe=recipe, **given)
 
 
 def recipe_of(words: Sequence[str]) -> str | None:
-    """Returns the recipe whose own flags are among `words`; None where both could be meant.
+    """Returns the recipe whose own flags are among `words`; None where several could be meant.
 
     Raises:
-      UserError: an unknown flag, a wrong value, or flags of both recipes.
+      UserError: an unknown flag, a wrong value, or flags of which no recipe has all.
     """
-    given = _parsed(words, "imp", "one_shot")
-    only = {f.name: f.metadata.get("recipe") for f in _fields("imp", "one_shot")}
-    only["compression"] = "one_shot"
-    own = {name: recipe for name, recipe in only.items() if recipe and given[name].present}
-    if len(set(own.values())) > 1:
-        listed = ", ".join(f"--{name} ({recipe})" for name, recipe in own.items())
-        raise UserError(f"flags of both recipes: {listed}; give those of one")
-    return next(iter(own.values()), None)
+    given = _parsed(words, *RECIPES)
+    alike = {"compression": "density", **dict.fromkeys(_scorer_flags(), "scorer")}
+    names = [field.name for field in _fields(*RECIPES)]
+    whose = {name: owners(alike.get(name, name)) for name in [*names, *alike]}
+    own = {name: has for name, has in whose.items() if has and given[name].present}
+    left = [recipe for recipe in RECIPES if all(recipe in has for has in own.values())]
+    if not left:
+        listed = ", ".join(f"--{name} ({', '.join(has)})" for name, has in own.items())
+        which = "both" if len(set(itertools.chain(*own.values()))) == 2 else "several"
+        raise UserError(f"flags of {which} recipes: {listed}; give those of one")
+    return left[0] if own and len(left) == 1 else None
 
 
 def parse(words: Sequence[str], recipe: str) -> Spec:
-    """Returns the Spec that these flags of lth-imp ('imp') or lth-oneshot ('one_shot') describe.
+    """Returns the Spec that these flags of a recipe's command describe.
 
     Presets and flag files are read; absl's own FLAGS stay as they are.
 
     Raises:
       UserError: an unknown flag, a wrong value, or as Spec does.
     """
-    return spec_from_flags(recipe, _parsed(words, recipe, **DEFAULTS[recipe]))
+    return spec_from_flags(recipe, _parsed(words, recipe, **RECIPES[recipe].defaults))
 
 
 def _parsed(words: Sequence[str], *recipes: str, **defaults: Any) -> flags.FlagValues:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,26 @@ def level_densities(
     else:
         steps = [*map(float, range(int(np.ceil(last)))), last]
     return [at(level) for level in steps]
+
+
+def next_boundary(
+    step: int, stop: int, *, every: Iterable[int] = (), at: Iterable[int | None] = ()
+) -> int:
+    """Returns the first step after `step` at which something is due, at most `stop`.
+
+    Args:
+      step: where a training is.
+      stop: where it ends.
+      every: what is due at multiples of a number of steps; 0 is never.
+      at: steps at which something is due once; None, and steps that are past, are not.
+
+    >>> next_boundary(7, 100, every=[5, 0], at=[9, None, 3])
+    9
+    >>> next_boundary(9, 100, every=[5, 0], at=[9, None, 3])
+    10
+    """
+    multiples = ((step // n + 1) * n for n in every if n)
+    return min([stop, *multiples, *(s for s in at if s is not None and s > step)])
 
 
 ROUND_SCHEDULES = ("exponential", "linear")

@@ -9,16 +9,26 @@ import math
 from typing import Any
 
 from lth_tf.errors import UserError
+from lth_tf.recipes import RECIPES
 from lth_tf.registry import nearest
 
 
 def _field(default: Any, help: str, **metadata: Any) -> Any:
-    """A field whose metadata are what a flag needs.
+    """A field; its metadata say all that others need to know of it.
 
-    `registry` names the registry whose keys are the choices, `choices` lists them;
+    For its flag: `registry` names the registry whose keys are the choices, `choices` lists them;
     `low` and `high` bound a number (`low` included unless `open`, `high` excluded);
-    `grows` marks what can be raised later without making another experiment of it;
-    `recipe` is the only recipe that has the field; `flag=False` keeps it off the command line.
+    `flag=False` keeps it off the command line; `scorer` is the only scorer that it means
+    something to.
+
+    For trunks, comparisons and resuming: `role` is what it decides: 'training' (the default: what
+    a dense training computes), 'masks' (which masks there are, or what is trained under them),
+    'course' (only how a run is watched and kept going). `grows` marks what can be raised later
+    without making another experiment of it; `extent`, how far or in what strides pruning goes,
+    which makes no other method of it.
+
+    Which recipes have a field, they say themselves (`Recipe.fields`); such a field decides
+    about masks.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
@@ -36,9 +46,9 @@ class Spec:
 
     recipe: str = _field(
         "imp",
-        "Where masks come from: trained weights, level after level (imp), or weights at "
-        "initialisation (one_shot).",
-        choices=("imp", "one_shot"),
+        "Where masks come from.",
+        registry="recipes",
+        role="masks",
         flag=False,
     )
     model: str = _field("lenet_300_100", "Network architecture.", registry="models")
@@ -70,9 +80,11 @@ class Spec:
     )
     init: str = _field("glorot_normal", "Initialisation of the kernels.", registry="inits")
 
-    scope: str = _field("layerwise", "Which weights compete with each other.", registry="scopes")
+    scope: str = _field(
+        "layerwise", "Which weights compete with each other.", registry="scopes", role="masks"
+    )
     protect: tuple[str, ...] = _field(
-        (), "Kernels that are never pruned: names, or patterns such as *shortcut*."
+        (), "Kernels that are never pruned: names, or patterns such as *shortcut*.", role="masks"
     )
     density: tuple[float, ...] = _field(
         (0.05,),
@@ -80,121 +92,114 @@ class Spec:
         low=0.0,
         high=1.0,
         open=True,
-        recipe="one_shot",
+        extent=True,
     )
     scorer: str = _field(
-        "grasp", "How weights are ranked.", registry="scorers", recipe="one_shot"
+        "grasp", "How weights are ranked.", registry="scorers"
+    )
+    scorer_options: tuple[tuple[str, Any], ...] = _field(
+        (), "Options of the scorer that have no field here: (name, value), sorted.", flag=False
     )
     rounds: int | None = _field(
         None,
         "Score and prune in so many rounds (default: 100 for synflow, 1 for the others).",
-        low=1,
-        recipe="one_shot",
+        low=1
     )
     round_schedule: str = _field(
         "exponential",
         "Density after round r of n: d^(r/n) (exponential) or 1 - (1 - d) r/n (linear).",
-        choices=("exponential", "linear"),
-        recipe="one_shot",
+        choices=("exponential", "linear")
     )
     samples_per_class: int = _field(
-        10, "Training examples of each class that snip and grasp score on.", low=1,
-        recipe="one_shot",
-    )  # fmt: skip
+        10, "Training examples of each class that snip and grasp score on.", low=1
+    )
     score_batch_size: int = _field(
         100,
         "Most examples in the scorer's memory at once; with score_batch_norm=train also those "
         "that statistics are taken over.",
-        low=1,
-        recipe="one_shot",
+        low=1
     )
     score_batch_norm: str = _field(
         "auto",
         "Whether batch normalisation uses the batch's statistics (train) or the moving ones "
         "(eval) while scoring (auto: train for grasp, eval for snip).",
-        choices=("auto", "train", "eval"),
-        recipe="one_shot",
+        choices=("auto", "train", "eval")
     )
     score_loss: str = _field(
-        "cross_entropy", "Loss that snip and grasp score with.", registry="losses",
-        recipe="one_shot",
-    )  # fmt: skip
+        "cross_entropy", "Loss that snip and grasp score with.", registry="losses"
+    )
     temperature: float = _field(
-        200.0, "Divides the logits for grasp.", low=0.0, open=True, recipe="one_shot"
+        200.0, "Divides the logits for grasp.", low=0.0, open=True,
+        scorer="grasp",
     )
     grasp_variant: str = _field(
         "paper",
         "paper: w x Hg; official: what the published code computes; absolute: |w x Hg|.",
         choices=("paper", "official", "absolute"),
-        recipe="one_shot",
+        scorer="grasp",
     )
     snip_variant: str = _field(
         "paper",
         "paper: |w x g|; official: the same on weights drawn anew for scoring, as in the "
         "published code.",
         choices=("paper", "official"),
-        recipe="one_shot",
+        scorer="snip",
     )
     min_per_layer: int = _field(
-        0, "Weights that every kernel keeps, whatever their scores.", low=0, recipe="one_shot"
+        0, "Weights that every kernel keeps, whatever their scores.", low=0
     )
-    dense: bool = _field(
-        False, "Train the dense network, too.", grows=True, recipe="one_shot"
-    )
+    dense: bool = _field(False, "Train the dense network, too.", grows=True, extent=True)
     prune_fraction: float = _field(
         0.2,
         "Fraction of the surviving weights removed per level.",
         low=0.0,
         high=1.0,
-        recipe="imp",
+        extent=True,
     )
     prune_fraction_conv: float | None = _field(
         None,
         "The same for convolutions (default: prune_fraction).",
         low=0.0,
         high=1.0,
-        recipe="imp",
+        extent=True,
     )
     prune_fraction_output: float | None = _field(
         None,
         "The same for the output layer (default: prune_fraction).",
         low=0.0,
         high=1.0,
-        recipe="imp",
+        extent=True,
     )
-    levels: int = _field(20, "Number of prunings.", low=0, high=1000, recipe="imp")
+    levels: int = _field(20, "Number of prunings.", low=0, high=1000, extent=True)
     target_density: float | None = _field(
         None,
         "Density of the last level; replaces --levels: the last level is trimmed to hit it.",
         low=0.0,
         high=1.0,
         open=True,
-        recipe="imp",
+        extent=True,
     )
     one_shot: bool = _field(
-        False, "Go to the last level's density in a single pruning.", recipe="imp"
+        False, "Go to the last level's density in a single pruning."
     )
     rewind_step: float = _field(
         0.0,
         "Step whose weights a ticket starts from: a whole number of steps, or a fraction of "
         "train_steps below 1.",
-        low=0.0,
-        recipe="imp",
+        low=0.0
     )
     retrain: str = _field(
         "rewind",
         "What follows a pruning: rewind weights and schedule to rewind_step; keep the weights and "
         "rewind the schedule (lr_rewind); keep both and go on at the last learning rate "
         "(finetune).",
-        choices=("rewind", "lr_rewind", "finetune"),
-        recipe="imp",
+        choices=("rewind", "lr_rewind", "finetune")
     )
     retrain_steps: int | None = _field(
         None,
         "Steps of training after each pruning (default: train_steps less rewind_step). With "
         "--retrain=rewind it is another way to say rewind_step = train_steps - retrain_steps.",
-        low=1,
-        recipe="imp",
+        low=1
     )
 
     optimizer: str = _field("adam", "Optimizer.", registry="optimizers")
@@ -259,26 +264,29 @@ class Spec:
         120.0,
         "Seconds after which a worker that does not come or does not answer is given up.",
         low=1.0,
-        grows=True,
+        role="course",
     )
     checkpoint_every: int = _field(
         5000,
         "Steps between checkpoints inside a training; 0: only when the process is asked to end "
         "(SIGTERM).",
         low=0,
-        grows=True,
+        role="course",
     )
 
     seed: int = _field(0, "Replicate r uses seed + r for weights and data order.", low=0)
     replicates: int = _field(1, "Independent repetitions.", low=1, grows=True)
     controls: tuple[str, ...] = _field(
-        (), "Branches run off the tickets.", registry="branches", grows=True
+        (), "Branches run off the tickets.", registry="branches", role="masks", grows=True
     )
     control_levels: tuple[int, ...] = _field(
-        (), "Levels at which the controls run (default: every level from 1 on).", grows=True
+        (),
+        "Levels at which the controls run (default: every level from 1 on).",
+        role="masks",
+        grows=True,
     )
     histograms: bool = _field(
-        False, "Also write weight histograms for TensorBoard at every evaluation.", grows=True
+        False, "Also write weight histograms for TensorBoard at every evaluation.", role="course"
     )
 
     def __post_init__(self) -> None:
@@ -290,10 +298,11 @@ class Spec:
                 object.__setattr__(self, field.name, tuple(map(float, value)))
             elif "float" in str(field.type) and value is not None:
                 object.__setattr__(self, field.name, float(value))
-            only = field.metadata.get("recipe", self.recipe)
-            if only != self.recipe and value != field.default:
+            has = owners(field.name)
+            if has and self.recipe not in has and value != field.default:
+                only = " and ".join(map(repr, has))
                 raise UserError(
-                    f"{field.name} has no meaning for the recipe {self.recipe!r}, only for {only!r}"
+                    f"{field.name} has no meaning for the recipe {self.recipe!r}, only for {only}"
                 )
         if self.rewind_step >= 1 and self.rewind_step != int(self.rewind_step):
             raise UserError(
@@ -345,12 +354,12 @@ class Spec:
             raise UserError("workers needs --distribute=multi_worker")
         # In the order of their levels, whatever the order that they were given in.
         object.__setattr__(self, "density", tuple(sorted(self.density, reverse=True)))
-        for scorer in ("grasp", "snip"):
-            variant = getattr(self, f"{scorer}_variant")
-            if self.scorer != scorer and variant != "paper":
-                raise UserError(f"{scorer}_variant {variant!r} needs --scorer={scorer}")
-        if self.temperature != 200 and self.scorer != "grasp":
-            raise UserError(f"temperature {self.temperature:g} needs --scorer=grasp")
+        for field in dataclasses.fields(self):
+            scorer, value = field.metadata.get("scorer", self.scorer), getattr(self, field.name)
+            if scorer != self.scorer and value != field.default:
+                shown = f"{value:g}" if isinstance(value, float) else repr(value)
+                raise UserError(f"{field.name} {shown} needs --scorer={scorer}")
+        object.__setattr__(self, "scorer_options", tuple(sorted(self.scorer_options)))
         if not self.density or len(set(self.density)) < len(self.density):
             raise UserError(f"density {list(self.density)} must name different densities")
 
@@ -374,11 +383,15 @@ class Spec:
         return self.train_steps, self.train_steps + steps
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON-ready values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+        """Returns the fields as JSON-ready values; `scorer_options` only where there are any."""
+        values = {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
         }
+        if options := values.pop("scorer_options"):
+            values["scorer_options"] = dict(options)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spec:
@@ -393,20 +406,52 @@ class Spec:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
+        if isinstance(options := fields.get("scorer_options"), dict):
+            fields["scorer_options"] = tuple(options.items())
         return cls(**fields)
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields that decide what a single training computes."""
-        fields = dataclasses.fields(self)
-        grows = {f.name for f in fields if f.metadata.get("grows")}
-        grows |= {f.name for f in fields if f.metadata.get("recipe", self.recipe) != self.recipe}
+        left_out = set(fields_of(role="course")) | set(fields_of(grows=True))
+        left_out |= {
+            name for name in self.as_dict() if self.recipe not in (owners(name) or [self.recipe])
+        }
         if not self.one_shot or self.target_density is not None:
-            grows.add("levels")  # more of them leave the first ones as they are; or a target rules
-        return {name: value for name, value in self.as_dict().items() if name not in grows}
+            left_out.add("levels")  # more of them leave the first as they are; or a target rules
+        return {name: value for name, value in self.as_dict().items() if name not in left_out}
 
     def digest(self) -> str:
         """Returns a short name for the identity: 8 hexadecimal digits of its sha256."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def owners(name: str) -> list[str]:
+    """Returns the recipes that have a field, where not all have it; else an empty list."""
+    return [recipe for recipe, record in RECIPES.items() if name in record.fields]
+
+
+def fields_of(
+    *recipes: str, role: str | None = None, grows: bool | None = None, extent: bool | None = None
+) -> list[str]:
+    """Returns the names of the fields whose metadata say so, see `_field`.
+
+    Args:
+      *recipes: fields that one of these recipes has; none: of any recipe.
+      role: 'training', 'masks' or 'course'.
+      grows, extent: whether they are such fields.
+    """
+    found = []
+    for field in dataclasses.fields(Spec):
+        has, about = owners(field.name), field.metadata
+        own = about.get("role", "masks" if has else "training")
+        if (
+            (not recipes or not has or set(recipes) & set(has))
+            and role in (None, own)
+            and grows in (None, about.get("grows", False))
+            and extent in (None, about.get("extent", False))
+        ):
+            found.append(field.name)
+    return found
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -423,9 +468,12 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         "tuple[float, ...]": isinstance(value, tuple)
         and all(type(v) in (int, float) for v in value),
         "tuple[str, ...]": isinstance(value, tuple) and all(type(v) is str for v in value),
+        "tuple[tuple[str, Any], ...]": isinstance(value, tuple) and all(map(_is_option, value)),
     }[wanted]
     if not fits:
         raise UserError(f"{field.name} must be {wanted}, not {value!r}")
+    if field.metadata.get("registry") == "recipes":
+        RECIPES[value]
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         raise UserError(
@@ -444,3 +492,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"{field.name} {v} is out of range; it must be {above}{below}")
     if wanted == "tuple[int, ...]" and any(v < 0 for v in value):
         raise UserError(f"{field.name} {list(value)} must not contain negative numbers")
+
+
+def _is_option(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is str

@@ -20,6 +20,27 @@ import safetensors.numpy
 from lth_tf.errors import UserError
 
 METADATA_KEY = "lth_tf"
+# The format of tickets, trained weights, checkpoints and spec.json; files of format 1 do not tell.
+# 2: they tell; a checkpoint has masks.
+FORMAT = 2
+
+
+class NewerFormat(UserError):
+    """A file that a later version of this package wrote."""
+
+
+def require_format(path: os.PathLike | str, found: Any) -> None:
+    """Raises NewerFormat where a file's format is not one that this version knows.
+
+    Args:
+      path: the file.
+      found: what it says of its format; None where it says nothing.
+    """
+    if found is not None and not (isinstance(found, int) and 1 <= found <= FORMAT):
+        raise NewerFormat(
+            f"{os.fspath(path)!r} has format {found}, and this version of lth_tf knows those up to "
+            f"{FORMAT}: a later version wrote it; use that one (pip install --upgrade lth_tf)"
+        )
 
 
 @contextlib.contextmanager
@@ -76,7 +97,13 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
     All metadata go under one key as JSON with sorted keys: safetensors would write
     several keys in random order. They include a sha256 of the arrays and the rest.
+
+    Args:
+      path: the file.
+      tensors: name -> array.
+      metadata: JSON-ready; FORMAT is added.
     """
+    metadata = {**metadata, "format_number": FORMAT}
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     text = json.dumps({**metadata, "sha256": _checksum(arrays, metadata)}, sort_keys=True)
     write(path, safetensors.numpy.save(arrays, {METADATA_KEY: text}))
@@ -92,6 +119,7 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     Raises:
       UserError: the file is absent, truncated, altered or not one of ours.
+      NewerFormat: a later version wrote it.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -108,11 +136,13 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"{os.fspath(path)!r} is not a ticket of lth_tf, or truncated ({error}); delete it and "
             "run the same command again to make it anew"
         ) from error
+    require_format(path, metadata.get("format_number"))
     if metadata.pop("sha256", None) != _checksum(arrays, metadata):
         raise UserError(
             f"{os.fspath(path)!r} was altered: its checksum does not fit its content; delete it "
             "and run the same command again to make it anew"
         )
+    metadata.pop("format_number", None)
     return arrays, metadata
 
 

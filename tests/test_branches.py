@@ -10,6 +10,7 @@ from lth_tf import datasets, masks
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
 from lth_tf.experiments.branches import BRANCHES
+from lth_tf.recipes import one_shot
 from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS, score
 from lth_tf.spec import Spec
@@ -54,7 +55,7 @@ def picked(spec=ONE_SHOT, level=2, seed=5):
     """A ticket that its spec's scorer picked, and the weights that it was cut out of."""
     start = dense(spec, seed)
     sizes = {n: m.size for n, m in start.mask.items()}
-    density = picking.densities(spec, sizes)[level]
+    density = one_shot.densities(spec, sizes)[level]
     return picking.pick(start, DIGITS, density, level), start.weights
 
 

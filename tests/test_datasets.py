@@ -116,8 +116,8 @@ def no_network(monkeypatch):
 
 def assert_tiny(data: datasets.Dataset) -> None:
     for images, labels, count in (
-        (data.train_images, data.train_labels, TRAIN),
-        (data.test_images, data.test_labels, TEST),
+        (data.train_inputs, data.train_labels, TRAIN),
+        (data.test_inputs, data.test_labels, TEST),
     ):
         assert images.dtype == np.uint8 and labels.dtype == np.int32
         assert images.shape == (count, 4, 4, 1)
@@ -129,7 +129,7 @@ def assert_moments(data: datasets.Dataset, tolerance: float) -> None:
     """The constants are those of the training images, computed from exact histograms."""
     levels = np.arange(256) / 255
     for channel, (mean, std) in enumerate(zip(data.mean, data.std, strict=True)):
-        pixels = data.train_images[..., channel].reshape(-1)
+        pixels = data.train_inputs[..., channel].reshape(-1)
         share = np.bincount(pixels, minlength=256) / pixels.size
         assert mean == pytest.approx(share @ levels, abs=tolerance)
         variance = share @ (levels - share @ levels) ** 2
@@ -159,13 +159,13 @@ def test_dataset_is_frozen_and_compares_by_identity():
 
 def test_digits_shapes_and_types():
     data = datasets.load("digits")
-    assert data.train_images.shape == (1437, 8, 8, 1)
-    assert data.test_images.shape == (360, 8, 8, 1)
-    assert data.train_images.dtype == data.test_images.dtype == np.uint8
+    assert data.train_inputs.shape == (1437, 8, 8, 1)
+    assert data.test_inputs.shape == (360, 8, 8, 1)
+    assert data.train_inputs.dtype == data.test_inputs.dtype == np.uint8
     assert data.train_labels.shape == (1437,) and data.test_labels.shape == (360,)
     assert data.train_labels.dtype == data.test_labels.dtype == np.int32
     assert data.classes == 10
-    assert data.train_images.min() == 0 and data.train_images.max() == 255
+    assert data.train_inputs.min() == 0 and data.train_inputs.max() == 255
 
 
 def test_digits_split_is_stratified_shuffled_and_disjoint():
@@ -174,7 +174,7 @@ def test_digits_split_is_stratified_shuffled_and_disjoint():
     assert (train + test).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert (np.abs(test - (train + test) * 360 / 1797) < 1).all()
     assert len(np.unique(data.train_labels[:30])) > 5  # not sorted by class
-    seen = [image.tobytes() for image in (*data.train_images, *data.test_images)]
+    seen = [image.tobytes() for image in (*data.train_inputs, *data.test_inputs)]
     assert len(set(seen)) == 1797
 
 
@@ -185,7 +185,7 @@ def test_digits_moments():
 def test_digits_are_those_of_scikit_learn():
     original = pytest.importorskip("sklearn.datasets").load_digits()
     data = datasets.load("digits")
-    images = np.concatenate([data.train_images, data.test_images]).reshape(-1, 64)
+    images = np.concatenate([data.train_inputs, data.test_inputs]).reshape(-1, 64)
     labels = np.concatenate([data.train_labels, data.test_labels])
     ours = np.column_stack([np.rint(images * (16 / 255)).astype(int), labels])
     theirs = np.column_stack([original.data.astype(int), original.target])
@@ -300,14 +300,14 @@ def copied(archive, tmp_path, own_cache) -> pathlib.Path:
 
 
 def assert_archive(data: datasets.Dataset) -> None:
-    assert data.train_images.dtype == np.uint8 and data.train_images.shape == (12, 64, 64, 3)
+    assert data.train_inputs.dtype == np.uint8 and data.train_inputs.shape == (12, 64, 64, 3)
     assert data.train_labels.dtype == data.test_labels.dtype == np.int32
     assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    levels = data.train_images.reshape(12, -1)
+    levels = data.train_inputs.reshape(12, -1)
     assert (levels == levels[:, :1]).all()  # the grey ones too, in three channels
     assert levels[:, 0].tolist() == [20 * label + i for label in range(3) for i in range(4)]
     assert data.test_labels.tolist() == [2, 0, 2, 1]
-    assert (data.test_images == np.arange(4).reshape(4, 1, 1, 1)).all()
+    assert (data.test_inputs == np.arange(4).reshape(4, 1, 1, 1)).all()
     assert data.classes == 200 and data.input_shape == (64, 64, 3)
 
 
@@ -444,7 +444,7 @@ def test_second_read_does_without_tensorflow(tiny, own_cache):
     datasets.load("mnist", str(tiny))
     code = (
         "import sys; from lth_tf import datasets; "
-        "print(int(datasets.load('mnist', sys.argv[1]).train_images.sum())); "
+        "print(int(datasets.load('mnist', sys.argv[1]).train_inputs.sum())); "
         "print({'tensorflow', 'tensorflow_datasets'} & set(sys.modules))"
     )
     done = subprocess.run(
@@ -542,8 +542,8 @@ def test_cache_folder_names(monkeypatch):
 def test_real_sets(name, train, test, train_counts, tolerance):
     data = real(name)
     assert data.name == name and data.classes == len(train_counts)
-    assert data.train_images.shape == train and data.test_images.shape == test
-    assert data.train_images.dtype == data.test_images.dtype == np.uint8
+    assert data.train_inputs.shape == train and data.test_inputs.shape == test
+    assert data.train_inputs.dtype == data.test_inputs.dtype == np.uint8
     assert data.train_labels.dtype == data.test_labels.dtype == np.int32
     assert np.bincount(data.train_labels).tolist() == train_counts
     assert data.test_labels.shape == test[:1] and len(np.unique(data.test_labels)) == data.classes
@@ -551,5 +551,5 @@ def test_real_sets(name, train, test, train_counts, tolerance):
     start = time.monotonic()
     again = real(name)
     assert time.monotonic() - start < 2  # from the cache
-    assert (again.train_images == data.train_images).all()
+    assert (again.train_inputs == data.train_inputs).all()
     assert (again.test_labels == data.test_labels).all()

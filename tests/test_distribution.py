@@ -258,7 +258,7 @@ def alone(recipe, words, workdir):
     from lth_tf import flags
 
     s = flags.parse([w for w in words if not w.startswith("--worker_timeout")], recipe)
-    experiments.RECIPES[recipe](s, workdir, DIGITS)
+    experiments.run(s, workdir, DIGITS)
 
 
 def require_same_masks(one, other, count):

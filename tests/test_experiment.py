@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import rich.console
 
-from lth_tf import analysis, datasets, experiments, masks, pruning, scopes, training
+from lth_tf import analysis, datasets, experiments, masks, models, pruning, scopes, training
 from lth_tf.analysis.summary import COLUMNS, read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import imp, one_shot, plan
 from lth_tf.spec import Spec
-from lth_tf.tickets import load_ticket, load_trained
+from lth_tf.tickets import Ticket, load_ticket, load_trained
 from lth_tf.training import initial_weights
 
 DIGITS = datasets.load("digits")
@@ -401,7 +401,7 @@ def test_a_violated_mask_never_reaches_the_disk(tmp_path):
 def ticket_with_violation():
     weights = {"fc/kernel": np.ones((2, 2), np.float32)}
     mask = {"fc/kernel": np.array([[1, 0], [1, 1]], np.uint8)}
-    return experiments.Ticket(mask, weights, 1, 0, {}, BASE)
+    return Ticket(mask, weights, 1, 0, {}, BASE)
 
 
 @pytest.mark.parametrize(
@@ -683,7 +683,7 @@ def test_a_kernel_that_is_cut_is_warned_of(tmp_path):
 
 
 def initial_model():
-    return experiments.models.build(PICKED, (8, 8, 1), 10, 0)
+    return models.build(PICKED, (8, 8, 1), 10, 0)
 
 
 def test_what_is_cut_is_said_where_there_is_progress(tmp_path, recwarn):
@@ -795,5 +795,5 @@ def test_tickets_that_were_only_scored_are_not_taken_over(tmp_path):
         (Spec(dataset="digits", validation_size=300), "recipe is 'one_shot' there, 'imp' here;"),
     ):
         with pytest.raises(UserError, match=message):
-            experiments.RECIPES[other.recipe](other, tmp_path, data)
+            experiments.run(other, tmp_path, data)
     assert (folder(tmp_path, 1) / "ticket.safetensors").read_bytes() == before

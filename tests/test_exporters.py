@@ -14,13 +14,13 @@ import pytest
 
 from lth_tf import exporters, masks, pruning, storage
 from lth_tf.compat import keras, tf
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, scaling
 from lth_tf.errors import UserError
 from lth_tf.exporters import EXPORTERS
 from lth_tf.models import MODELS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
-from lth_tf.training import feeds, initial_weights
+from lth_tf.training import initial_weights
 
 CASES = {
     "lenet": (Spec(model="lenet_20_10", dataset="digits"), (8, 8, 1)),
@@ -90,7 +90,7 @@ def expected(ticket: Ticket, weights: dict, data: Dataset, raw: np.ndarray) -> t
     for name, variable in pruning.weights(model).items():
         variable.assign(weights[name])
     dtype = tf.float64 if wide else tf.float32
-    x = feeds.scale(raw, ticket.spec.normalization, data.mean, data.std, dtype)
+    x = scaling.scale(raw, ticket.spec.normalization, data.mean, data.std, dtype)
     return tf.cast(x, tf.float32).numpy(), model(x, training=False).numpy()
 
 
@@ -401,7 +401,7 @@ def test_check_sees(what):
     model = exporters.network(ticket, trained)
 
     def scale(raw, dtype):
-        return feeds.scale(raw, "standard", data.mean, data.std, dtype)
+        return scaling.scale(raw, "standard", data.mean, data.std, dtype)
 
     served, weights = exporters.Served(model, scale), dict(trained)
     good = exporters.Reread(

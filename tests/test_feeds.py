@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lth_tf.compat import tf
-from lth_tf.datasets import Dataset, crops
+from lth_tf.datasets import Dataset, augmentation, crops, scaling
 from lth_tf.errors import UserError
 from lth_tf.training import feeds
 
@@ -135,13 +135,13 @@ def test_scale_against_numpy(kind, channels):
         "l2": x / np.sqrt((x**2).sum((1, 2, 3), keepdims=True)),
     }[kind]
     for dtype, tolerance in ((tf.float64, 1e-14), (tf.float32, 2e-6)):
-        found = feeds.scale(tf.constant(images), kind, mean, std, dtype)
+        found = scaling.scale(tf.constant(images), kind, mean, std, dtype)
         assert found.dtype == dtype and found.shape == images.shape
         np.testing.assert_allclose(found.numpy(), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_scale_of_a_black_image():
-    found = feeds.scale(np.zeros((1, 2, 2, 1), np.uint8), "l2", (0.1,), (0.2,), tf.float32)
+    found = scaling.scale(np.zeros((1, 2, 2, 1), np.uint8), "l2", (0.1,), (0.2,), tf.float32)
     assert (found.numpy() == 0).all()
 
 
@@ -151,10 +151,10 @@ def test_scale_of_a_black_image():
 def test_place_on_one_device():
     data = dataset()
     images, labels = feeds.place(
-        (data.train_images, data.train_labels), tf.distribute.get_strategy()
+        (data.train_inputs, data.train_labels), tf.distribute.get_strategy()
     )
     assert images.dtype == tf.uint8 and labels.dtype == tf.int32
-    assert (images.numpy() == data.train_images).all()
+    assert (images.numpy() == data.train_inputs).all()
     assert (labels.numpy() == data.train_labels).all()
 
 
@@ -221,7 +221,7 @@ def pictures(n=7, h=6, w=5, channels=3, dtype=np.float32):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_flip_crop_moves_pixels_by_what_is_drawn(dtype):
     x = pictures(dtype=dtype)
-    found = feeds.augment(tf.constant(x), "flip_crop", 3, 11, first=20)
+    found = augmentation.augment(tf.constant(x), "flip_crop", 3, 11, first=20)
     assert found.dtype == dtype
     seen = set()
     for i, picture in enumerate(x):
@@ -243,7 +243,7 @@ def test_flip_crop_moves_pixels_by_what_is_drawn(dtype):
 def test_flip_crop_draws_each_shift_and_side_as_often():
     marked = np.zeros((2000, 9, 10, 1), np.float32)
     marked[:, 4, 4] = 1  # stays within the image; 5 columns are to the right of it
-    found = np.argwhere(feeds.augment(tf.constant(marked), "flip_crop", 1, 2).numpy())
+    found = np.argwhere(augmentation.augment(tf.constant(marked), "flip_crop", 1, 2).numpy())
     assert (found[:, 0] == np.arange(2000)).all()
     rows = np.bincount(found[:, 1], minlength=9)
     assert np.abs(rows - 2000 / 9).max() < 5 * np.sqrt(2000 / 9)
@@ -273,7 +273,7 @@ def bilinear(picture, top, left, tall, wide, mirrored):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_resized_crop_interpolates_what_is_drawn(dtype):
     x = pictures(dtype=dtype)
-    found = feeds.augment(tf.constant(x), "resized_crop", 3, 11, first=20)
+    found = augmentation.augment(tf.constant(x), "resized_crop", 3, 11, first=20)
     assert found.dtype == dtype and found.shape == x.shape
     numbers = crops.uniform(3, 11, tf.range(20, 27), crops.BOX + 1)
     boxes = np.stack(crops.boxes(numbers, 6, 5), 1)
@@ -306,13 +306,13 @@ def test_box_of_an_image_into_which_none_fits():
 @pytest.mark.parametrize("kind", ["flip_crop", "resized_crop"])
 def test_augmentation_is_stateless_and_the_same_in_any_share(kind):
     x = tf.constant(pictures(8))
-    graph = tf.function(lambda x, seed, step, first: feeds.augment(x, kind, seed, step, first))
+    graph = tf.function(lambda x, *place: augmentation.augment(x, kind, *place))
     whole = graph(x, 3, tf.constant(5), 0).numpy()
     tf.random.set_seed(1)
     halves = [graph(x[i : i + 4], 3, tf.constant(5), i).numpy() for i in (0, 4)]
     assert (np.concatenate(halves) == whole).all()
-    assert (feeds.augment(x, kind, 3, 6).numpy() != whole).any()
-    assert (feeds.augment(x, kind, 4, 5).numpy() != whole).any()
-    compiled = tf.function(lambda x: feeds.augment(x, kind, 3, 5), jit_compile=True)(x)
+    assert (augmentation.augment(x, kind, 3, 6).numpy() != whole).any()
+    assert (augmentation.augment(x, kind, 4, 5).numpy() != whole).any()
+    compiled = tf.function(lambda x: augmentation.augment(x, kind, 3, 5), jit_compile=True)(x)
     np.testing.assert_allclose(compiled, whole, atol=0 if kind == "flip_crop" else 1e-4)
-    assert feeds.augment(x, "none", 3, 5) is x
+    assert augmentation.augment(x, "none", 3, 5) is x

@@ -8,13 +8,14 @@ import pytest
 
 from lth_tf import datasets, masks
 from lth_tf.compat import tf
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, scaling
 from lth_tf.datasets.stream import Shard, Streamed
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
-from lth_tf.scopes import SCOPES, count
+from lth_tf.recipes import one_shot
+from lth_tf.scopes import SCOPES, count, protected
 from lth_tf.scorers import LOSSES, SCORERS, score
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, owners
 from lth_tf.tickets import Ticket
 from lth_tf.training import feeds, initial_weights, plain_model
 
@@ -53,14 +54,14 @@ def same(a, b):
     ],
 )
 def test_protect_takes_names_and_patterns_in_the_networks_order(patterns, found):
-    assert picking.protected(spec(protect=patterns), SIZES) == found
-    assert picking.protected(spec(protect=patterns), iter(SIZES)) == found
+    assert protected(patterns, SIZES) == found
+    assert protected(patterns, iter(SIZES)) == found
 
 
 @pytest.mark.parametrize("pattern", ["conv*", "fc1", "FC1/kernel", "output/bias"])
 def test_protect_that_fits_nothing_lists_what_there_is(pattern):
     with pytest.raises(UserError) as caught:
-        picking.protected(spec(protect=("fc*", pattern)), SIZES)
+        protected(("fc*", pattern), SIZES)
     assert str(caught.value) == (
         f"protect {pattern!r} fits no kernel; the kernels are fc1/kernel, fc2/kernel, output/kernel"
     )
@@ -74,16 +75,16 @@ def whole(density):
 
 
 def test_levels_go_from_the_highest_density_down():
-    found = picking.densities(spec(density=(0.05, 0.5, 0.2)), SIZES)
+    found = one_shot.densities(spec(density=(0.05, 0.5, 0.2)), SIZES)
     assert found == [dict.fromkeys(SIZES, d) for d in (1.0, 0.5, 0.2, 0.05)]
 
 
 @pytest.mark.parametrize("protect", [("output/kernel",), ("fc2/kernel", "output*"), ("fc1*",)])
 def test_protected_kernels_are_whole_and_the_total_is_exact(protect):
-    kept = picking.protected(spec(protect=protect), SIZES)
+    kept = protected(protect, SIZES)
     fixed, total = sum(SIZES[n] for n in kept), sum(SIZES.values())
     wanted = [(fixed + k) / total for k in (1, 2, 17, 100, 133)] + [0.98]
-    found = picking.densities(spec(protect=protect, density=tuple(wanted)), SIZES)
+    found = one_shot.densities(spec(protect=protect, density=tuple(wanted)), SIZES)
     assert len(found) == 7 and found[0] == dict.fromkeys(SIZES, 1.0)
     for density, each in zip(sorted(wanted, reverse=True), found[1:], strict=True):
         assert {each[n] for n in kept} == {1.0}
@@ -111,7 +112,7 @@ def test_protected_kernels_are_whole_and_the_total_is_exact(protect):
 )
 def test_densities_that_cannot_be_had(changes, message):
     with pytest.raises(UserError, match=message):
-        picking.densities(spec(**changes), SIZES)
+        one_shot.densities(spec(**changes), SIZES)
 
 
 # Examples.
@@ -211,8 +212,8 @@ def test_batches_are_scaled_as_training_does(kind, precision):
     dtype = np.float64 if precision == "float64" else np.float32
     assert isinstance(images, np.ndarray) and images.dtype == dtype
     chosen = which(picking.batches(spec(normalization="unit", validation_size=30), data, 0))
-    raw = data.train_images[chosen]
-    scaled = feeds.scale(raw, kind, data.mean, data.std, tf.as_dtype(dtype)).numpy()
+    raw = data.train_inputs[chosen]
+    scaled = scaling.scale(raw, kind, data.mean, data.std, tf.as_dtype(dtype)).numpy()
     assert images.tobytes() == scaled.tobytes()
     x = raw / 255
     wanted = {
@@ -369,11 +370,12 @@ CHANGES = {
     "init": ({}, {"init": "kaiming_normal"}),
     "normalization": ({}, {"normalization": "l2"}),
 }
-ELSEWHERE = {"density", "dense", "score_batch_norm"}  # the last below, in a network that has it
+# The last but one below, in a network that has it; the last where a scorer has other options.
+ELSEWHERE = {"density", "dense", "score_batch_norm", "scorer_options"}
 
 
 def test_every_field_of_the_recipe_is_tested():
-    fields = {f.name for f in dataclasses.fields(Spec) if f.metadata.get("recipe") == "one_shot"}
+    fields = {f.name for f in dataclasses.fields(Spec) if "one_shot" in owners(f.name)}
     assert fields == set(CHANGES) - {"scope", "init", "normalization"} | ELSEWHERE
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from lth_tf.errors import UserError
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, owners
 
 FIELDS = {field.name: field for field in dataclasses.fields(Spec)}
 # field -> what else it needs, values that are allowed, values that are out of range.
@@ -25,6 +25,11 @@ RANGES = {
         {},
         ((0.05,), (1e-9,), (0.999,), (0.1, 0.05)),
         ((), (0.0,), (0,), (1.0,), (1,), (-0.1,), (0.1, 1.5), (0.1, 0.2, 0.1)),
+    ),
+    "scorer_options": (
+        {},
+        ((), (("damping", 0.1),), (("a", 1), ("b", "text"))),
+        (("a",), ((1, 2),), (("a", 1, 2),)),
     ),
     "rounds": ({}, (None, 1, 100), (0, -1)),
     "round_schedule": ({}, ("exponential", "linear"), ("cosine", "")),
@@ -90,12 +95,13 @@ NOT_A = {
     "tuple[int, ...]": ([1], 1, (1.5,), ("1",), (True,), "12"),
     "tuple[float, ...]": ([0.1], 0.1, ("0.1",), (True,), (0.1, None), "0.1"),
     "tuple[str, ...]": (["reinit"], "reinit", (1,)),
+    "tuple[tuple[str, Any], ...]": ([("a", 1)], "a", (1,)),
 }
 ONE_SHOT = Spec(recipe="one_shot")
 
 
 def recipe_of(name):
-    return {"recipe": FIELDS[name].metadata["recipe"]} if "recipe" in FIELDS[name].metadata else {}
+    return {"recipe": owners(name)[0]} if owners(name) else {}
 
 
 def make(name, value, **others):
@@ -217,13 +223,13 @@ def test_options_of_another_scorer_are_refused(scorer):
 
 
 OTHERS = {"imp": "one_shot", "one_shot": "imp"}
-OWNED = [name for name, field in FIELDS.items() if "recipe" in field.metadata]
+OWNED = [name for name in FIELDS if owners(name)]
 
 
 @pytest.mark.parametrize("name", OWNED)
 def test_fields_of_the_other_recipe_are_refused_when_changed(name):
     field = FIELDS[name]
-    other = OTHERS[field.metadata["recipe"]]
+    other = OTHERS[owners(name)[0]]
     changed = NAMES.get(name) or next(v for v in RANGES[name][1] if v != field.default)
     with pytest.raises(UserError, match=f"{name} has no meaning for the recipe '{other}', only"):
         Spec(recipe=other, **{name: changed})
@@ -282,7 +288,11 @@ def test_round_trip():
         text = json.dumps(spec.as_dict())
         back = Spec.from_dict(json.loads(text))
         assert back == spec and json.dumps(back.as_dict()) == text
-    assert list(Spec().as_dict()) == list(FIELDS)
+    assert list(Spec().as_dict()) == [n for n in FIELDS if n != "scorer_options"]
+    options = make("scorer_options", (("b", 2), ("a", 0.5)))
+    assert list(options.as_dict())[-1] == "scorer_options"
+    assert Spec.from_dict(json.loads(json.dumps(options.as_dict()))) == options
+    assert options.as_dict()["scorer_options"] == {"a": 0.5, "b": 2}
 
 
 def test_from_dict_refuses_what_spec_refuses():
@@ -369,8 +379,8 @@ def test_densities_are_those_of_the_levels_in_whatever_order():
 def test_identity_has_the_recipes_own_fields_only():
     for recipe in OTHERS:
         names = set(Spec(recipe=recipe).identity())
-        owned = {n for n in OWNED if FIELDS[n].metadata["recipe"] == recipe}
-        assert owned - names <= {"levels", "dense"}
+        owned = {n for n in OWNED if recipe in owners(n)}
+        assert owned - names <= {"levels", "dense", "scorer_options"}
         assert not names & (set(OWNED) - owned) and "recipe" in names
     assert Spec().digest() != ONE_SHOT.digest()
 

@@ -363,9 +363,9 @@ def test_streamed_equals_resident_bit_for_bit(toy, monkeypatch):
     data = in_memory(toy)
     monkeypatch.setattr(
         feeds, "split", lambda *_: {
-            "train": (data.train_images[:-HELD], data.train_labels[:-HELD]),
-            "validation": (data.train_images[-HELD:], data.train_labels[-HELD:]),
-            "test": (data.test_images, data.test_labels),
+            "train": (data.train_inputs[:-HELD], data.train_labels[:-HELD]),
+            "validation": (data.train_inputs[-HELD:], data.train_labels[-HELD:]),
+            "test": (data.test_inputs, data.test_labels),
         }
     )  # fmt: skip
     monkeypatch.setattr(feeds, "epoch_order", lambda seed, epoch, n: np.arange(n, dtype=np.int32))

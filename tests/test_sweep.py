@@ -17,7 +17,7 @@ from lth_tf import datasets, distribute, experiments, flags, storage
 from lth_tf.analysis.summary import read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import trunk
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, fields_of
 from lth_tf.sweeps import processes as sweep
 from lth_tf.sweeps.processes import gpu_share, gpus, shard_of, words_of
 from lth_tf.tickets import load_ticket
@@ -65,7 +65,7 @@ def trunks(tmp_path_factory):
 
 @pytest.mark.parametrize("spec", [IMP, PICKED], ids=lambda spec: spec.recipe)
 def test_a_run_with_a_trunk_ends_as_without_one(spec, trunks, tmp_path):
-    recipe, level = experiments.RECIPES[spec.recipe], "replicate_00/level_00"
+    recipe, level = experiments.run, "replicate_00/level_00"
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     recipe(spec, alone, DIGITS)
     recipe(spec, shared, DIGITS, trunk=trunks[spec.recipe])
@@ -186,7 +186,7 @@ def test_what_a_dense_training_depends_on(changes, shared):
 def test_both_recipes_share_and_every_name_is_a_field():
     assert trunk.spec(PICKED) == trunk.spec(dataclasses.replace(IMP, rewind_step=0.0))
     assert trunk.spec(PICKED) != trunk.spec(IMP)
-    assert {field.name for field in dataclasses.fields(Spec)} >= trunk.PRUNING
+    assert {"scope", "protect", "density", "rewind_step"} <= set(fields_of(role="masks"))
 
 
 def test_a_trunks_flags_say_all_of_it():

@@ -123,6 +123,7 @@ def test_metadata(ticket, path):
     assert len(metadata.pop("sha256")) == 64
     assert metadata == {
         "format": "ticket",
+        "format_number": storage.FORMAT,
         "kernels": list(ticket.mask),
         "weights": list(ticket.weights),
         "level": 4,

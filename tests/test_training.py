@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lth_tf import datasets, masks, pruning, training
+from lth_tf import datasets, masks, models, pruning, training
 from lth_tf.compat import keras, tf
+from lth_tf.datasets import augmentation
 from lth_tf.errors import UserError
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
@@ -50,14 +51,14 @@ def same(a, b):
 def eager(s, steps, update):
     """The same training written out in NumPy and one GradientTape, float64, no tricks."""
     weights, mask = start(s)
-    model = training.models.build(s, (8, 8, 1), 10, 0)
+    model = models.build(s, (8, 8, 1), 10, 0)
     x, y = feeds.split(DIGITS, s.validation_size, s.seed)["train"]
     x = (x / 255.0 - np.array(DIGITS.mean)) / np.array(DIGITS.std)
     state = {n: [np.zeros_like(w), np.zeros_like(w)] for n, w in weights.items()}
     for step in range(steps):
         pruning.assign(model, weights)
         chosen = feeds.batch_indices(0, step, 1, len(y), s.batch_size)[0]
-        images = feeds.augment(tf.constant(x[chosen]), s.augmentation, 0, step)
+        images = augmentation.augment(tf.constant(x[chosen]), s.augmentation, 0, step)
         with tf.GradientTape() as tape:
             losses = keras.losses.sparse_categorical_crossentropy(
                 y[chosen], model(images), from_logits=True

@@ -12,7 +12,8 @@ import numpy as np
 from lth_tf.analysis.summary import read_summary
 from lth_tf.analysis.winning import Point, points
 from lth_tf.errors import UserError
-from lth_tf.spec import Spec
+from lth_tf.recipes import RECIPES
+from lth_tf.spec import Spec, fields_of
 
 NEAR = 0.02  # relative difference below which two densities are the same row
 
@@ -57,7 +58,8 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
     methods: dict[str, list[Point]] = {}
     dense: Point | None = None
     for workdir, spec in found:
-        if differing := [n for n in _SHARED if getattr(spec, n) != getattr(first, n)]:
+        shared = fields_of(role="training", grows=False)
+        if differing := [n for n in shared if getattr(spec, n) != getattr(first, n)]:
             raise UserError(
                 f"{str(workdir)!r} cannot be compared with {str(found[0][0])!r}: they differ in "
                 + ", ".join(f"{n} ({getattr(spec, n)}, {getattr(first, n)})" for n in differing)
@@ -92,25 +94,15 @@ def _near(a: float, b: float) -> bool:
 def method_of(spec: Spec) -> str:
     """Returns how a spec finds masks and where that is not the usual: 'grasp (rounds 9)'."""
     usual = Spec(recipe=spec.recipe, scorer=spec.scorer, scope="global")
-    ignored = {"recipe", "scorer", "density", "dense", "levels", "target_density", *_TRAINING}
-    ignored |= {n for n in _NAMES if n.startswith("prune_fraction")}
     changed = [
-        f"{n} {getattr(spec, n)}"
-        for n in _NAMES
-        if n not in ignored and getattr(spec, n) != getattr(usual, n)
+        f"{name} {getattr(spec, name)}"
+        for name in fields_of(role="masks", grows=False, extent=False)
+        if name not in ("recipe", "scorer", "scorer_options")
+        and getattr(spec, name) != getattr(usual, name)
     ]
-    name = "imp" if spec.recipe == "imp" else spec.scorer
+    changed += [f"{option} {value}" for option, value in spec.scorer_options]
+    name = RECIPES[spec.recipe].method(spec)
     return f"{name} ({', '.join(changed)})" if changed else name
-
-
-_GROWS = {"controls", "control_levels", "replicates", "histograms"}
-_NAMES = [f.name for f in dataclasses.fields(Spec)]
-_TRAINING = [
-    f.name
-    for f in dataclasses.fields(Spec)
-    if "recipe" not in f.metadata and f.name not in {"recipe", "scope", "protect"}
-]
-_SHARED = [name for name in _TRAINING if name not in _GROWS]
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:

@@ -20,14 +20,14 @@ import numpy as np
 
 from lth_tf import distribute, masks, models, pruning
 from lth_tf.compat import keras, tf, tfmot
-from lth_tf.datasets import Dataset, Streamed
+from lth_tf.datasets import Dataset, Streamed, scaling
 from lth_tf.errors import UserError
 from lth_tf.masks import Scores
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
-from lth_tf.training import OPTIMIZERS, State, Trainer, Weights, feeds, initial_weights, policy
+from lth_tf.training import OPTIMIZERS, State, Trainer, Weights, initial_weights, policy
 from lth_tf.training.checkpoints import save
 from lth_tf.training.feeds import CHUNK
 
@@ -87,8 +87,8 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     mask = SCOPES["layerwise"](scores, DENSITY)
     trainer.train(masks.apply(mask, weights), mask, 0, 0)  # puts them in
 
-    images = feeds.scale(
-        dataset.train_images, spec.normalization, dataset.mean, dataset.std, tf.float32
+    images = scaling.scale(
+        dataset.train_inputs, spec.normalization, dataset.mean, dataset.std, tf.float32
     ).numpy()
     repeats = -(-steps * spec.batch_size // len(images))
     x = np.concatenate([images] * repeats)[: steps * spec.batch_size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Rewind(keras.callbacks.Callback):
       step: the step at which training starts, read by learning-rate schedules.
       capture: the step after which the weights are saved in `captured`; 0 saves what
         training starts from.
+      captured: called with those weights as soon as they are there.
 
     Attributes:
       captured: path -> array, or None before step `capture`.
@@ -46,12 +47,14 @@ class Rewind(keras.callbacks.Callback):
         *,
         step: int = 0,
         capture: int | None = None,
+        captured: Callable[[dict[str, np.ndarray]], None] | None = None,
     ):
         super().__init__()
         if capture is not None and capture < step:
             raise UserError(f"cannot capture step {capture}: training starts at step {step}")
         self.weights, self.mask, self.step, self.capture = weights, mask, step, capture
         self.captured: dict[str, np.ndarray] | None = None
+        self._tell = captured
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Puts weights, mask, step and clean slots in."""
@@ -64,7 +67,7 @@ class Rewind(keras.callbacks.Callback):
         pruning.set_mask(self.model, mask, optimizer)  # Adagrad's slots do not start at 0
         optimizer.iterations.assign(self.step)
         if self.capture == self.step:
-            self.captured = _values(self.model)
+            self._capture()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the weights at step `capture`."""
@@ -74,12 +77,17 @@ class Rewind(keras.callbacks.Callback):
         iterations = int(keras.backend.get_value(self.model.optimizer.iterations))
         step = (logs or {}).get("step", iterations)
         if step == self.capture:
-            self.captured = _values(self.model)
+            self._capture()
         elif step > self.capture:
             raise UserError(
                 f"step {self.capture}, whose weights were to be saved, was jumped over (now at "
                 f"{step}); choose a multiple of steps_per_execution"
             )
+
+    def _capture(self) -> None:
+        self.captured = {n: v.numpy().copy() for n, v in pruning.weights(self.model).items()}
+        if self._tell:
+            self._tell(self.captured)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Raises UserError if training ended before step `capture`."""
@@ -87,10 +95,6 @@ class Rewind(keras.callbacks.Callback):
             raise UserError(
                 f"training ended before step {self.capture}, whose weights were to be saved"
             )
-
-
-def _values(model: Any) -> dict[str, np.ndarray]:
-    return {name: variable.numpy().copy() for name, variable in pruning.weights(model).items()}
 
 
 def _clean(optimizer: Any, model: Any) -> None:

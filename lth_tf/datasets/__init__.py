@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,29 +21,33 @@ from lth_tf.registry import Registry
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A labelled image data set, in the order of its source.
+    """Inputs and labels, in the order of their source.
 
     Attributes:
       name: its key in DATASETS.
-      train_images, test_images: uint8 [n, height, width, channels].
-      train_labels, test_labels: int32 [n], 0 to classes - 1.
-      classes: how many there are.
-      mean, std: per channel, of the training images as pixels from 0 to 1.
+      train_inputs, test_inputs: [n, ...]: images as uint8 [n, height, width, channels], or
+        floats, or integers of another type, see `scaling.scaled`.
+      train_labels, test_labels: what the task makes of them; for classification int32 [n], 0 to
+        classes - 1.
+      classes: how many numbers a network puts out.
+      mean, std: along the last axis, of the training inputs; of images as pixels from 0 to 1.
+      task: what a network is trained for, a key of `tasks.TASKS`.
     """
 
     name: str
-    train_images: np.ndarray
+    train_inputs: np.ndarray
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_inputs: np.ndarray
     test_labels: np.ndarray
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    task: str = "classification"
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Height, width and channels of an image."""
-        return tuple(self.train_images.shape[1:])
+        """The shape of one input; of an image height, width and channels."""
+        return tuple(self.train_inputs.shape[1:])
 
 
 DATASETS: Registry[Callable[[str | None], Dataset | Streamed]] = Registry("data set")
@@ -60,10 +64,16 @@ def load(name: str, data_dir: str | None = None) -> Any:
     Raises:
       UserError: no such data set, or it is not in the folder and cannot be downloaded.
 
-    >>> load("digits").train_images.shape
+    >>> load("digits").train_inputs.shape
     (1437, 8, 8, 1)
     """
     return DATASETS[name](data_dir)
+
+
+def _images(name: str, arrays: Mapping[str, np.ndarray], **about: Any) -> Dataset:
+    """A Dataset of `tfds.ARRAYS`."""
+    parts: dict[str, Any] = {key.replace("images", "inputs"): a for key, a in arrays.items()}
+    return Dataset(name, **parts, **about)
 
 
 @DATASETS.register("digits")
@@ -77,30 +87,30 @@ def digits(data_dir: str | None = None) -> Dataset:
         arrays = {name: stored[name] for name in tfds.ARRAYS}
     for name in ("train_labels", "test_labels"):
         arrays[name] = arrays[name].astype(np.int32)
-    return Dataset("digits", **arrays, classes=10, mean=(0.3054,), std=(0.3760,))
+    return _images("digits", arrays, classes=10, mean=(0.3054,), std=(0.3760,))
 
 
 @DATASETS.register("mnist")
 def mnist(data_dir: str | None = None) -> Dataset:
     """60,000 + 10,000 handwritten digits of 28x28 pixels (LeCun, Cortes and Burges, 1998)."""
     arrays = tfds.arrays("mnist", data_dir)
-    return Dataset("mnist", **arrays, classes=10, mean=(0.1307,), std=(0.3081,))
+    return _images("mnist", arrays, classes=10, mean=(0.1307,), std=(0.3081,))
 
 
 @DATASETS.register("fashion_mnist")
 def fashion_mnist(data_dir: str | None = None) -> Dataset:
     """60,000 + 10,000 clothes of 28x28 pixels (Xiao, Rasul and Vollgraf, 2017)."""
     arrays = tfds.arrays("fashion_mnist", data_dir)
-    return Dataset("fashion_mnist", **arrays, classes=10, mean=(0.2860,), std=(0.3530,))
+    return _images("fashion_mnist", arrays, classes=10, mean=(0.2860,), std=(0.3530,))
 
 
 @DATASETS.register("cifar10")
 def cifar10(data_dir: str | None = None) -> Dataset:
     """50,000 + 10,000 photographs of 32x32 pixels in colour (Krizhevsky, 2009)."""
     arrays = tfds.arrays("cifar10", data_dir)
-    return Dataset(
+    return _images(
         "cifar10",
-        **arrays,
+        arrays,
         classes=10,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
@@ -110,9 +120,9 @@ def cifar10(data_dir: str | None = None) -> Dataset:
 @DATASETS.register("cifar100")
 def cifar100(data_dir: str | None = None) -> Dataset:
     """50,000 + 10,000 photographs of 32x32 pixels in colour, 100 fine labels (Krizhevsky, 2009)."""
-    return Dataset(
+    return _images(
         "cifar100",
-        **tfds.arrays("cifar100", data_dir),
+        tfds.arrays("cifar100", data_dir),
         classes=100,
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
@@ -125,9 +135,9 @@ def tiny(data_dir: str | None = None) -> Dataset:
 
     1.4 GB of memory; `data_dir` is or has the folder tiny-imagenet-200.
     """
-    return Dataset(
+    return _images(
         "tiny_imagenet",
-        **tiny_imagenet.arrays(data_dir),
+        tiny_imagenet.arrays(data_dir),
         classes=200,
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),

@@ -45,6 +45,7 @@ class Streamed:
       classes: how many there are.
       mean, std: per channel, of the training images as pixels from 0 to 1.
       input_shape: height, width and channels that images get.
+      task: what a network is trained for, a key of `tasks.TASKS`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Streamed:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_shape: tuple[int, int, int]
+    task: str = "classification"
 
 
 def size(shards: Sequence[Shard]) -> int:

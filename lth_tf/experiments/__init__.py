@@ -3,10 +3,10 @@
 from lth_tf.experiments.branches import BRANCHES, branch
 from lth_tf.experiments.laboratory import Laboratory, opened
 from lth_tf.experiments.plans import Plan, plan
-from lth_tf.experiments.recipes import RECIPES, imp, one_shot
+from lth_tf.experiments.running import imp, one_shot, run
 from lth_tf.experiments.workdirs import finished, read_spec, require_own
 
 __all__ = [
-    "BRANCHES", "RECIPES", "Laboratory", "Plan", "branch", "finished", "imp", "one_shot", "opened",
-    "plan", "read_spec", "require_own",
+    "BRANCHES", "Laboratory", "Plan", "branch", "finished", "imp", "one_shot", "opened",
+    "plan", "read_spec", "require_own", "run",
 ]  # fmt: skip

@@ -16,18 +16,77 @@ from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
 from lth_tf.models import initial_weights
+from lth_tf.recipes import RECIPES, one_shot
 from lth_tf.registry import Registry
+from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
 
 Start = Mapping[str, np.ndarray]
 Branch = Callable[[Ticket, Start, Dataset], Ticket]
-BRANCHES: Registry[Branch] = Registry("branch")
 
 _REINIT, _SHUFFLE = 11, 12  # streams of random numbers drawn from a ticket's seed
 
 
-@BRANCHES.register("reinit")
+def _anything(spec: Spec) -> None:
+    """For branches that every ticket can have."""
+
+
+def _scores(spec: Spec) -> None:
+    """For branches that rank initial weights anew."""
+    recipe = RECIPES[spec.recipe]
+    if not recipe.picks:
+        others = " or ".join(r.tool for r in RECIPES.values() if r.picks)
+        raise UserError(
+            f"ranks initial weights anew: it needs tickets of {others}, not of {recipe.tool}, "
+            "whose scores come from weights that were trained"
+        )
+
+
+def _signs(spec: Spec) -> None:
+    """For branches that ask for the sign of scores."""
+    _scores(spec)
+    options = picking.options(spec, 0)
+    if not SCORERS.about(spec.scorer).signed(options):
+        variant = f" ({options['variant']})" if options.get("variant", "paper") != "paper" else ""
+        signed = ", ".join(s for s in SCORERS if SCORERS.about(s).signed({}))
+        raise UserError(
+            f"changes nothing for scorer {spec.scorer}{variant}, whose scores are never negative; "
+            f"it is for {signed}, and not for a variant that takes absolute values"
+        )
+
+
+# What others need to know: whether it draws at random, and (spec), which raises UserError, with
+# the end of the sentence, where such tickets cannot have it.
+BRANCHES: Registry[Branch] = Registry("branch", draws=False, needs=_anything)
+
+
+def require(name: str, spec: Spec) -> None:
+    """Raises UserError where a branch cannot be run off a spec's tickets, or changes nothing."""
+    try:
+        BRANCHES.about(name).needs(spec)
+    except UserError as error:
+        raise UserError(f"the branch {name!r} {error}") from None
+
+
+def branch(ticket: Ticket, name: str, start: Start, dataset: Dataset) -> Ticket:
+    """Returns a control of a ticket, marked as such.
+
+    Args:
+      ticket: what it is run off.
+      name: a key of BRANCHES.
+      start: path -> array, the weights that the ticket's were cut out of.
+      dataset: where examples to score on come from.
+
+    Raises:
+      UserError: see `require`.
+    """
+    require(name, ticket.spec)
+    control = BRANCHES[name](ticket, start, dataset)
+    return dataclasses.replace(control, origin={**control.origin, "arm": name})
+
+
+@BRANCHES.register("reinit", draws=True)
 def reinit(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """The same mask, weights drawn anew (Frankle and Carbin 2019, section 2: random reinit).
 
@@ -40,7 +99,7 @@ def reinit(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     return dataclasses.replace(ticket, weights=masks.apply(ticket.mask, weights), rewind_step=step)
 
 
-@BRANCHES.register("shuffle")
+@BRANCHES.register("shuffle", draws=True)
 def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """As many weights of every kernel, but others (Frankle et al. 2021, their ablations).
 
@@ -51,57 +110,25 @@ def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     return dataclasses.replace(ticket, mask=mask, weights=masks.apply(mask, start))
 
 
-@BRANCHES.register("invert")
+@BRANCHES.register("invert", needs=_scores)
 def invert(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
-    """The weights with the lowest scores (Frankle et al. 2021, their ablations).
-
-    Raises:
-      UserError: see `require`.
-    """
-    require("invert", ticket.spec)
-    return _picked_again(ticket, start, dataset, np.negative)
+    """The weights with the lowest scores (Frankle et al. 2021, their ablations)."""
+    return _picked_again("invert", ticket, start, dataset, np.negative)
 
 
-@BRANCHES.register("absolute")
+@BRANCHES.register("absolute", needs=_signs)
 def absolute(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
-    """The weights whose scores are the furthest from zero (Frankle et al. 2021, their ablations).
-
-    Raises:
-      UserError: see `require`.
-    """
-    require("absolute", ticket.spec)
-    return _picked_again(ticket, start, dataset, np.abs)
-
-
-def branch(ticket: Ticket, name: str, start: Mapping, dataset: Dataset) -> Ticket:
-    """Returns the control `name` of a ticket, marked as such; see `branches`."""
-    control = BRANCHES[name](ticket, start, dataset)
-    return dataclasses.replace(control, origin={**control.origin, "arm": name})
-
-
-def require(name: str, spec: Spec) -> None:
-    """Raises UserError where a branch cannot be run off a spec's tickets, or changes nothing."""
-    if name not in ("invert", "absolute"):
-        return
-    if spec.recipe != "one_shot":
-        raise UserError(
-            f"the branch {name!r} ranks initial weights anew: it needs tickets of lth-oneshot, not "
-            "of lth-imp, whose scores come from weights that were trained"
-        )
-    if name == "absolute" and (spec.scorer != "grasp" or spec.grasp_variant == "absolute"):
-        scorer = spec.scorer if spec.scorer != "grasp" else "grasp (absolute)"
-        raise UserError(
-            f"the branch 'absolute' changes nothing for scorer {scorer}, whose scores are never "
-            "negative; it is for grasp with grasp_variant paper or official"
-        )
+    """The weights whose scores are furthest from zero (Frankle et al. 2021, their ablations)."""
+    return _picked_again("absolute", ticket, start, dataset, np.abs)
 
 
 def _picked_again(
-    ticket: Ticket, start: Start, dataset: Dataset, transform: picking.Transform
+    name: str, ticket: Ticket, start: Start, dataset: Dataset, transform: picking.Transform
 ) -> Ticket:
+    require(name, ticket.spec)
     full = masks.ones({name: m.shape for name, m in ticket.mask.items()})
     dense = dataclasses.replace(ticket, mask=full, weights=dict(start), level=0)
-    density = picking.densities(ticket.spec, {name: m.size for name, m in full.items()})
+    density = one_shot.densities(ticket.spec, {name: m.size for name, m in full.items()})
     return picking.pick(dense, dataset, density[ticket.level], ticket.level, transform)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import warnings
@@ -23,7 +22,7 @@ from lth_tf.errors import UserError
 from lth_tf.experiments import picking, trunk
 from lth_tf.experiments.branches import branch
 from lth_tf.experiments.plans import Plan, plan
-from lth_tf.experiments.workdirs import require_own
+from lth_tf.experiments.workdirs import require_own, write_spec
 from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
@@ -32,16 +31,13 @@ from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
 from lth_tf.training import Trained, Trainer, checkpoints, initial_weights
 
 _TRAINED = "trained.safetensors"
-METRICS = (
-    "step",
-    "loss",
-    "validation_loss",
-    "validation_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "learning_rate",
-    "seconds",
-)
+
+
+def columns(metric: str) -> list[str]:
+    """Returns the columns of metrics.csv."""
+    each = [f"{part}_{name}" for part in ("validation", "test") for name in ("loss", metric)]
+    return ["step", "loss", *each, "learning_rate", "seconds"]
+
 
 class Laboratory:
     """One workdir: trains tickets in folders, or reads what was trained there before.
@@ -55,6 +51,14 @@ class Laboratory:
       strategy: the replicas to train on.
       asked: whether to stop, see `checkpoints.terminations`.
       trunk: another workdir, with the same dense network; see `trunk.take`.
+      trains: whether tickets are to be trained, or only made.
+
+    Attributes:
+      spec, workdir, trains: as given.
+      plan: what is going to be done.
+      trainer, workers: who trains, and the processes that do.
+      progress: shown to the user; see `callbacks.progress.Progress`.
+      summary: the rows of summary.csv.
     """
 
     def __init__(
@@ -65,10 +69,11 @@ class Laboratory:
         strategy: Any = None,
         asked: checkpoints.Asked | None = None,
         trunk: Path | None = None,
+        trains: bool = True,
     ):
-        self.spec, self.workdir, self.trunk = spec, workdir, trunk
+        self.spec, self.workdir, self.trunk, self.trains = spec, workdir, trunk, trains
         self.asked = asked or checkpoints.Asked()
-        self.progress: Any = None  # shown to the user; see `callbacks.progress.Progress`
+        self.progress: Any = None
         self.trainer = Trainer(spec, dataset, strategy)
         self.workers = self.trainer.workers
         self.plan = plan(spec, self.trainer.input_shape, self.trainer.classes)
@@ -94,12 +99,21 @@ class Laboratory:
 
         self.workers.share(done)
 
-    def ticket(self, folder: Path, make: Callable[[], Ticket]) -> Ticket:
-        """Returns the folder's ticket; makes and saves it where there is none."""
+    @property
+    def levels(self) -> range:
+        """The levels at which something is pruned."""
+        return range(1, len(self.plan.densities))
+
+    def folder(self, replicate: int) -> Path:
+        """Returns where a replicate lies."""
+        return self.workdir / f"replicate_{replicate:02d}"
+
+    def ticket(self, folder: Path, make: Callable[..., Ticket], *given: Any) -> Ticket:
+        """Returns the folder's ticket; saves what `make` makes of the rest where there is none."""
         path = folder / "ticket.safetensors"
         ticket = self._shared(lambda: self._own(path) if path.exists() else None)
         if ticket is None:
-            made = make()
+            made = make(*given)
             self.write(lambda: made.save(path))
             ticket = self._shared(lambda: made)
         assert ticket is not None
@@ -237,9 +251,8 @@ class Laboratory:
                 asked=self.asked,
             )
 
-    @staticmethod
-    def _save(folder: Path, ticket: Ticket, trained: Trained) -> None:
-        write_csv(folder / "metrics.csv", METRICS, trained.rows)
+    def _save(self, folder: Path, ticket: Ticket, trained: Trained) -> None:
+        write_csv(folder / "metrics.csv", columns(self.trainer.task.metric), trained.rows)
         save_trained(folder / _TRAINED, trained.weights, ticket)
         checkpoints.clear(folder)
 
@@ -291,10 +304,7 @@ class Laboratory:
         for name in self.plan.controls.get(ticket.level, ()):
             here = folder / f"branch_{name}"
             with distribute.scoring(self.trainer.strategy):
-                control = self.ticket(
-                    here,
-                    lambda: branch(ticket, name, start, self.trainer.dataset),  # noqa: B023
-                )
+                control = self.ticket(here, branch, ticket, name, start, self.trainer.dataset)
             self.train(here, control)
 
 
@@ -305,6 +315,7 @@ def opened(
     dataset: Dataset,
     progress: Callable[[Plan], Any] | None,
     trunk: str | os.PathLike | None = None,
+    trains: bool = True,
 ) -> Iterator[Laboratory]:
     """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint."""
     work, spec = Path(workdir), distribute.resolve(spec)
@@ -319,10 +330,10 @@ def opened(
 
         workers.share(own)
         asked = stack.enter_context(checkpoints.terminations())
-        lab = Laboratory(spec, work, dataset, strategy, asked, Path(trunk) if trunk else None)
+        source = Path(trunk) if trunk else None
+        lab = Laboratory(spec, work, dataset, strategy, asked, source, trains)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
-        text = json.dumps(spec.as_dict(), indent=1, sort_keys=True) + "\n"
-        lab.write(lambda: storage.write(work / "spec.json", text))
+        lab.write(lambda: write_spec(work, spec))
         if progress and workers.chief:
             lab.progress = stack.enter_context(progress(lab.plan))
             if (replicas := strategy.num_replicas_in_sync) > 1:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lth_tf import masks
-from lth_tf.datasets import Dataset, Streamed
+from lth_tf.datasets import Dataset, Streamed, scaling
 from lth_tf.errors import UserError
 from lth_tf.models import plain_model
-from lth_tf.scopes import count
-from lth_tf.scorers import LOSSES, ROUNDS, one_shot_mask
+from lth_tf.scorers import LOSSES, SCORERS, field_of, looks_at_data, one_shot_mask, options_of
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
 from lth_tf.training import feeds
@@ -23,21 +20,6 @@ from lth_tf.training import feeds
 Transform = Callable[[np.ndarray], np.ndarray]
 
 _SCORING = 3  # a stream of random numbers; 1 and 2 are those of `feeds`
-
-
-def protected(spec: Spec, names: Iterable[str]) -> list[str]:
-    """Returns which kernels `spec.protect` keeps out of pruning.
-
-    Raises:
-      UserError: an entry fits no kernel.
-    """
-    names = list(names)
-    for pattern in spec.protect:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(
-                f"protect {pattern!r} fits no kernel; the kernels are {', '.join(names)}"
-            )
-    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in spec.protect)]
 
 
 def balanced(labels: np.ndarray, classes: int, per_class: int, seed: int) -> np.ndarray:
@@ -78,7 +60,7 @@ class Batches(Sequence):
         return len(self.labels)
 
     def __getitem__(self, i: Any) -> Any:
-        x = feeds.scaled(self.images[i], self.dataset, self.spec)
+        x = scaling.scaled(self.images[i], self.dataset, self.spec)
         return x.numpy(), self.labels[i]
 
 
@@ -113,45 +95,35 @@ def _first_of_each(
 
 
 def options(spec: Spec, seed: int) -> dict[str, Any]:
-    """Returns the options that a spec gives its scorer."""
-    chosen: dict[str, Any] = {"seed": seed} if spec.scorer in ("random", "grasp", "snip") else {}
-    if spec.scorer in ("grasp", "snip"):
-        auto = {"grasp": "train", "snip": "eval"}[spec.scorer]
-        chosen["batch_norm"] = auto if spec.score_batch_norm == "auto" else spec.score_batch_norm
-        chosen["variant"] = getattr(spec, f"{spec.scorer}_variant")
-        chosen["loss"] = LOSSES[spec.score_loss]
-    if spec.scorer == "grasp":
-        chosen["temperature"] = spec.temperature
+    """Returns the options that a spec gives its scorer: those of the scorer's signature.
+
+    Args:
+      spec: the experiment; 'auto' leaves an option to the scorer.
+      seed: what it draws with, if it does.
+
+    Raises:
+      UserError: the spec has options that the scorer has not.
+    """
+    known, chosen = options_of(spec.scorer), dict(spec.scorer_options)
+    for name, parameter in known.items():
+        if name == "seed":
+            chosen[name] = seed
+        elif field := field_of(spec.scorer, name):
+            value = getattr(spec, field)
+            chosen[name] = parameter.default if value == "auto" else value
+    if "loss" in chosen:
+        chosen["loss"] = LOSSES[chosen["loss"]]
+    if strange := [name for name in chosen if name not in known]:
+        raise UserError(
+            f"scorer {spec.scorer!r} has no option {strange[0]!r}; it has: "
+            f"{', '.join(known) or 'none'}"
+        )
     return chosen
 
 
-def densities(spec: Spec, sizes: Mapping[str, int]) -> list[dict[str, float]]:
-    """Returns for every level, 0 included, the density of every kernel.
-
-    Args:
-      spec: the experiment; its densities are those of the network as a whole.
-      sizes: kernel name -> number of weights. Protected kernels are kept whole, the others
-        share what is left.
-
-    Raises:
-      UserError: a density keeps no weight, or fewer than the protected kernels have.
-    """
-    kept = protected(spec, sizes)
-    total, fixed = sum(sizes.values()), sum(sizes[name] for name in kept)
-    if fixed == total:
-        raise UserError(f"protect {','.join(spec.protect)!r} leaves nothing that could be pruned")
-    found = [dict.fromkeys(sizes, 1.0)]
-    for density in spec.density:
-        rest = count(density, total) - fixed
-        if rest <= 0:
-            what = f"the {fixed} of the protected kernels" if fixed else "nothing"
-            raise UserError(
-                f"density {density:g} of {total} weights leaves {what}; ask for "
-                f"{math.ceil((fixed + 1) / total * 1e6) / 1e6:g} or more"
-            )
-        share = density if not fixed else rest / (total - fixed)
-        found.append({name: 1.0 if name in kept else share for name in sizes})
-    return found
+def rounds(spec: Spec) -> int:
+    """Returns in how many rounds a spec's scorer scores and prunes."""
+    return spec.rounds or SCORERS.about(spec.scorer).rounds
 
 
 def pick(
@@ -172,15 +144,13 @@ def pick(
     """
     spec, seed = dense.spec, dense.origin["seed"]
     shape, classes = tuple(dense.origin["input_shape"]), dense.origin["classes"]
-    scoring: dict[str, Any] = {"rounds": spec.rounds or ROUNDS.get(spec.scorer, 1)}
-    data = None
-    if spec.scorer in ("grasp", "snip"):
+    scoring: dict[str, Any] = {"rounds": rounds(spec)}
+    chosen, data = options(spec, seed), None
+    if looks_at_data(spec.scorer):
         data = batches(spec, dataset, seed)
-        scoring |= {
-            "samples": sum(map(len, data.labels)),
-            "batch_size": len(data.labels[0]),
-            "batch_norm": options(spec, seed)["batch_norm"],
-        }
+        scoring |= {"samples": sum(map(len, data.labels)), "batch_size": len(data.labels[0])}
+        if "batch_norm" in chosen:
+            scoring["batch_norm"] = chosen["batch_norm"]
     mask = one_shot_mask(
         plain_model(spec, shape, classes, seed),
         spec.scorer,
@@ -191,7 +161,7 @@ def pick(
         schedule=spec.round_schedule,
         min_per_layer=spec.min_per_layer,
         transform=transform,
-        **options(spec, seed),
+        **chosen,
     )
     return dataclasses.replace(
         dense,

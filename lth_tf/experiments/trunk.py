@@ -11,22 +11,9 @@ from typing import Any
 
 from lth_tf import storage
 from lth_tf.errors import UserError
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, fields_of
 from lth_tf.tickets import Ticket, load_ticket, load_trained
 from lth_tf.training import checkpoints
-
-# Fields of Spec that decide which masks there are, and what is trained under them. Any other
-# field changes the dense training, too, unless its metadata say `grows`.
-PRUNING = frozenset(
-    {
-        "recipe", "scope", "protect", "controls", "control_levels", "dense",
-        "density", "scorer", "rounds", "round_schedule", "samples_per_class", "score_batch_size",
-        "score_batch_norm", "score_loss", "temperature", "grasp_variant", "snip_variant",
-        "min_per_layer",
-        "prune_fraction", "prune_fraction_conv", "prune_fraction_output", "levels",
-        "target_density", "one_shot", "rewind_step", "retrain", "retrain_steps",
-    }
-)  # fmt: skip
 
 
 def trunk_fields(spec: Spec) -> dict[str, Any]:
@@ -34,11 +21,8 @@ def trunk_fields(spec: Spec) -> dict[str, Any]:
 
     Besides fields of Spec that is `rewind_at`: the step whose weights a trunk must have kept.
     """
-    return {
-        field.name: getattr(spec, field.name)
-        for field in dataclasses.fields(spec)
-        if field.name not in PRUNING and not field.metadata.get("grows")
-    } | {"rewind_at": spec.rewind_at}
+    names = fields_of(role="training", grows=False)
+    return {name: getattr(spec, name) for name in names} | {"rewind_at": spec.rewind_at}
 
 
 def spec(run: Spec) -> Spec:
@@ -46,11 +30,8 @@ def spec(run: Spec) -> Spec:
 
     Equal for all experiments with equal `trunk_fields`, replicates and TensorBoard logs.
     """
-    kept = {
-        field.name: getattr(run, field.name)
-        for field in dataclasses.fields(run)
-        if field.name not in PRUNING and field.metadata.get("recipe", "imp") == "imp"
-    }
+    names = [*fields_of(role="training"), *fields_of(role="course")]
+    kept = {name: getattr(run, name) for name in names}
     return Spec(recipe="imp", levels=0, rewind_step=float(run.rewind_at), **kept)
 
 

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lth_tf import storage
 from lth_tf.errors import UserError
+from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec
 
 
@@ -22,8 +24,8 @@ def require_own(workdir: Path, spec: Spec) -> None:
         found = read_spec(workdir)
         mine, theirs = spec.identity(), found.identity()
         differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
-        kept = "ticket.*" if found.recipe == "one_shot" else "checkpoint_*"
-        begun = any(workdir.glob(f"replicate_*/**/{kept}"))
+        costly = "ticket.*" if RECIPES[found.recipe].picks else "checkpoint_*"
+        begun = any(workdir.glob(f"replicate_*/**/{costly}"))
         if differing and not begun and next(finished(workdir), None) is None:
             # Whoever had it never finished anything: a first try with a mistake in it.
             for folder in workdir.glob("replicate_*"):
@@ -39,11 +41,22 @@ def require_own(workdir: Path, spec: Spec) -> None:
             )
 
 
+def write_spec(workdir: Path, spec: Spec) -> None:
+    """Writes spec.json."""
+    text = json.dumps({**spec.as_dict(), "format_number": storage.FORMAT}, indent=1, sort_keys=True)
+    storage.write(workdir / "spec.json", text + "\n")
+
+
 def read_spec(workdir: Path) -> Spec:
     """Returns the spec of a workdir; raises UserError where there is none or it is damaged."""
     path = workdir / "spec.json"
     try:
-        return Spec.from_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if isinstance(values, dict):
+            storage.require_format(path, values.pop("format_number", None))
+        return Spec.from_dict(values)
+    except storage.NewerFormat:
+        raise
     except OSError as error:
         raise UserError(
             f"{str(workdir)!r} is not the workdir of an experiment: {error.strerror or error} "

@@ -20,7 +20,7 @@ import numpy as np
 
 from lth_tf import masks, pruning, storage
 from lth_tf.compat import tf
-from lth_tf.datasets import Dataset
+from lth_tf.datasets import Dataset, scaling
 from lth_tf.errors import UserError
 from lth_tf.exporters.saved_model import saved_model
 from lth_tf.exporters.served import Reread, Served, dtype_of
@@ -29,7 +29,6 @@ from lth_tf.masks import Mask
 from lth_tf.models import plain_model
 from lth_tf.registry import Registry
 from lth_tf.tickets import Ticket
-from lth_tf.training import feeds
 
 Exporter = Callable[[Served, Path], Reread]
 EXPORTERS: Registry[Exporter] = Registry("export format")
@@ -73,7 +72,7 @@ def export(
     model = network(ticket, weights)
     dataclasses.replace(ticket, weights=weights).verify()
     scale = functools.partial(
-        feeds.scale, kind=ticket.spec.normalization, mean=dataset.mean, std=dataset.std
+        scaling.scale, kind=ticket.spec.normalization, mean=dataset.mean, std=dataset.std
     )
     with _renamed(folder) as unfinished:
         reread = exporter(Served(model, scale), unfinished)

@@ -33,7 +33,7 @@ class Served(tf.Module):
 
     Args:
       model: a plain Keras model that ends in logits, float32 or float64.
-      scale: (uint8 images, dtype=) -> normalised images; see `feeds.scale`.
+      scale: (uint8 images, dtype=) -> normalised images; see `scaling.scale`.
 
     Attributes:
       weights: path -> variable, as `pruning.weights` names them.

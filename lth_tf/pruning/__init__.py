@@ -12,6 +12,7 @@ from lth_tf.pruning.models import (
     is_pruned,
     kernels,
     kinds,
+    masks_set,
     plain,
     prune,
     require_maskable,
@@ -24,6 +25,6 @@ from lth_tf.pruning.models import (
 
 __all__ = [
     "InvariantError", "MaskedLayer", "assign", "check", "create_slots", "fit", "get_mask",
-    "inner_optimizer", "is_pruned", "kernels", "kinds", "plain", "prune", "require_maskable",
-    "require_model", "set_mask", "slots_of", "strip", "weights",
+    "inner_optimizer", "is_pruned", "kernels", "kinds", "masks_set", "plain", "prune",
+    "require_maskable", "require_model", "set_mask", "slots_of", "strip", "weights",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ import functools
 import inspect
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -584,6 +585,15 @@ def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
             variable.assign(np.asarray(mask[w.name], variable.dtype.as_numpy_dtype))
         for variable in (w.variable, *slots.get(w.name, ())):
             variable.assign(_select(w.masks[0], variable))
+    _SET[model] = masks_set(model) + 1
+
+
+_SET: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def masks_set(model: Any) -> int:
+    """Returns how often `set_mask` has put a mask in force, for what depends on the mask."""
+    return _SET.get(model, 0)
 
 
 def fit(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -743,6 +753,7 @@ def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> _Probe:
 
 __all__ = [
     "InvariantError", "MaskedLayer", "assign", "check", "create_slots", "fit", "get_mask",
-    "inner_optimizer", "is_pruned", "kernels", "kinds", "plain", "prune", "require_maskable",
+    "inner_optimizer", "is_pruned", "kernels", "kinds", "masks_set", "plain", "prune",
+    "require_maskable",
     "require_model", "set_mask", "slots_of", "strip", "weights",
 ]  # fmt: skip

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lth_tf.analysis.winning import MARGIN, Point, Winning, points
-from lth_tf.experiments import Plan
+from lth_tf.experiments import Plan, picking
+from lth_tf.recipes import RECIPES
 from lth_tf.scopes import count
-from lth_tf.scorers import ROUNDS
 from lth_tf.spec import Spec
 
 ARMS = {
@@ -48,15 +48,9 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
     table.add_row("all", "", f"{total:,}", *[""] * len(removed), f"{left:,} ({left / total:.2%})")
     yield table
     controls = sum(len(names) for names in plan.controls.values())
-    if spec.recipe == "one_shot":
-        rounds = spec.rounds or ROUNDS.get(spec.scorer, 1)
-        yield (
-            f"picked at initialisation by {spec.scorer} in {rounds} round(s), scope {spec.scope}; "
-            "densities " + ", ".join(f"{d:.3%}" for d in spec.density)
-        )
-    elif len(plan.densities) > 1:
-        first, end = spec.retrain_span
-        yield f"after each pruning: {spec.retrain}, steps {first:,} to {end:,}"
+    rounds = picking.rounds(spec)
+    if said := RECIPES[spec.recipe].says(spec, len(plan.densities) - 1, rounds):
+        yield said
     each = plan.trainings // spec.replicates - controls
     if score_only:
         yield f"{each * spec.replicates} tickets; nothing is trained"

@@ -7,6 +7,7 @@ batches yield (images, int labels), as much at a time as goes into memory at onc
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,15 +25,48 @@ from lth_tf.scorers.losses import LOSSES
 from lth_tf.scorers.network import Batch, Reused
 from lth_tf.scorers.snip import snip
 from lth_tf.scorers.synflow import synflow
+from lth_tf.spec import Spec
 
 Scorer = Callable[..., Scores]
-SCORERS: Registry[Scorer] = Registry("scorer")
-for _scorer in (grasp, magnitude, random, snip, synflow):
-    SCORERS.register(_scorer.__name__)(_scorer)
+# What others need to know: in how many rounds it is used, whether it is drawn by its seed, and
+# (options) -> whether scores can be negative.
+SCORERS: Registry[Scorer] = Registry(
+    "scorer", rounds=1, draws=False, signed=lambda options: False
+)
+SCORERS.register("grasp", signed=lambda options: options.get("variant") != "absolute")(grasp)
+SCORERS.register("magnitude")(magnitude)
+SCORERS.register("random", draws=True)(random)
+SCORERS.register("snip")(snip)
+SCORERS.register("synflow", rounds=100)(synflow)  # Tanaka et al. 2020, section 6
 
-ROUNDS = {"synflow": 100}  # Tanaka et al. 2020, section 6; one for all others
+__all__ = [
+    "LOSSES", "SCORERS", "Scorer", "field_of", "looks_at_data", "one_shot_mask", "options_of",
+    "score",
+]  # fmt: skip
 
-__all__ = ["LOSSES", "ROUNDS", "SCORERS", "Scorer", "one_shot_mask", "score"]
+
+def options_of(scorer: str) -> dict[str, inspect.Parameter]:
+    """Returns the options of a scorer: the parameters of its function after the `*`."""
+    parameters = inspect.signature(SCORERS[scorer], eval_str=True).parameters
+    return {name: p for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
+def field_of(scorer: str, option: str) -> str | None:
+    """Returns the field of Spec that has a scorer's option, or None: `Spec.scorer_options` has it.
+
+    That of the scorer alone, or of all scorers: 'grasp_variant', 'score_loss'.
+    """
+    fields = {field.name: field.metadata for field in dataclasses.fields(Spec)}
+    for name in (f"{scorer}_{option}", f"score_{option}"):
+        if name in fields:
+            return name
+    return option if option in fields and fields[option].get("scorer") == scorer else None
+
+
+def looks_at_data(scorer: str) -> bool:
+    """Says whether a scorer needs batches: its function has no default for them."""
+    batches = inspect.signature(SCORERS[scorer]).parameters.get("batches")
+    return batches is not None and batches.default is batches.empty
 
 
 def score(
@@ -106,7 +140,7 @@ def one_shot_mask(
         )
     initial, reused, kept = _values(model), Reused(model), _kept(batches)
     mask: Mask | None = None
-    rounds = ROUNDS.get(scorer, 1) if rounds is None else rounds
+    rounds = SCORERS.about(scorer).rounds if rounds is None else rounds
     for at in schedules.round_densities(density, rounds, schedule):
         now = initial if mask is None else masks.apply(mask, initial)
         scores = function(reused, now, kept, **options)
@@ -128,9 +162,7 @@ def _kept(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
 
 def _with_options(scorer: str, options: dict[str, Any]) -> Scorer:
     """The scorer; its options are checked, and a loss that is given by name looked up."""
-    function = SCORERS[scorer]
-    parameters = inspect.signature(function).parameters
-    known = [name for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY]
+    function, known = SCORERS[scorer], options_of(scorer)
     for name in options:
         if name not in known:
             raise UserError(

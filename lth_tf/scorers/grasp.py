@@ -18,7 +18,7 @@ VARIANTS = ("paper", "official", "absolute")
 def grasp(
     model: Any,
     kernels: Mapping[str, Any],
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | None,
     *,
     variant: str = "paper",
     temperature: float = 200.0,

@@ -19,7 +19,7 @@ VARIANTS = ("paper", "official")
 def snip(
     model: Any,
     kernels: Mapping[str, Any],
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | None,
     *,
     variant: str = "paper",
     batch_norm: str = "eval",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import storage
+from lth_tf import masks, storage
 from lth_tf.errors import UserError
 from lth_tf.training.trainer import Interrupted, State
 
@@ -40,6 +40,9 @@ def latest(folder: Path, say: Callable[[str], None]) -> State | None:
     Args:
       folder: where `save` wrote.
       say: told of files that are damaged; they are deleted.
+
+    Raises:
+      NewerFormat: a later version of this package wrote it.
     """
     for path in sorted(folder.glob(_PATTERN), reverse=True):
         try:
@@ -47,7 +50,9 @@ def latest(folder: Path, say: Callable[[str], None]) -> State | None:
             if about.pop("format", None) != "checkpoint":
                 raise UserError(f"{str(path)!r} is not a checkpoint")
             return put_together(variables, about)
-        except (UserError, KeyError, TypeError) as error:
+        except storage.NewerFormat:
+            raise
+        except (UserError, KeyError, TypeError, ValueError) as error:
             say(f"a checkpoint is damaged, going on from the one before, or anew: {error}")
             with storage.explained(path):
                 path.unlink(missing_ok=True)
@@ -55,14 +60,22 @@ def latest(folder: Path, say: Callable[[str], None]) -> State | None:
 
 
 def taken_apart(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns a state's variables, and what else it is, JSON-ready."""
-    about = dataclasses.asdict(dataclasses.replace(state, variables={}))
-    return state.variables, {**about, "rows": list(state.rows)}
+    """Returns a state's arrays, and what else it is, JSON-ready."""
+    about = dataclasses.asdict(dataclasses.replace(state, variables={}, mask=None))
+    packed = {f"mask/{name}": masks.pack(m) for name, m in (state.mask or {}).items()}
+    shapes = {name: list(m.shape) for name, m in (state.mask or {}).items()}
+    return {**state.variables, **packed}, {**about, "rows": list(state.rows), "mask": shapes}
 
 
-def put_together(variables: dict[str, np.ndarray], about: dict[str, Any]) -> State:
-    """Returns the state that was `taken_apart`."""
-    return State(**{**about, "rows": tuple(about["rows"]), "variables": variables})
+def put_together(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> State:
+    """Returns the state that was `taken_apart`; one of format 1 has no mask."""
+    mask = {
+        name: masks.unpack(arrays[f"mask/{name}"], tuple(shape))
+        for name, shape in (about.get("mask") or {}).items()
+    }
+    variables = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
+    rows = tuple(about["rows"])
+    return State(**{**about, "rows": rows, "variables": variables, "mask": mask or None})
 
 
 def clear(folder: Path) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from lth_tf.compat import tf
-from lth_tf.datasets import Dataset, Streamed, crops, stream
+from lth_tf.datasets import Dataset, Streamed, stream
+from lth_tf.datasets.augmentation import augment
+from lth_tf.datasets.scaling import scaled
 from lth_tf.datasets.stream import Shard
 from lth_tf.distribute import first_replica, place_of
 from lth_tf.errors import UserError, brief
@@ -25,7 +27,6 @@ from lth_tf.spec import Spec
 
 CHUNK = 1000  # most steps in one call of the graph
 EVALUATION_BATCH = 1000  # most examples in one evaluation step, over all replicas
-SHIFT = 4  # most pixels that flip_crop moves an image by
 
 _ORDER, _SPLIT = 1, 2  # streams of random numbers drawn from one seed
 
@@ -68,9 +69,9 @@ def split(dataset: Dataset, validation_size: int, seed: int) -> dict[str, tuple]
     order = np.random.default_rng([seed, _SPLIT]).permutation(n)
     held, rest = np.sort(order[:validation_size]), np.sort(order[validation_size:])
     return {
-        "train": (dataset.train_images[rest], dataset.train_labels[rest]),
-        "validation": (dataset.train_images[held], dataset.train_labels[held]),
-        "test": (np.asarray(dataset.test_images), np.asarray(dataset.test_labels)),
+        "train": (dataset.train_inputs[rest], dataset.train_labels[rest]),
+        "validation": (dataset.train_inputs[held], dataset.train_labels[held]),
+        "test": (np.asarray(dataset.test_inputs), np.asarray(dataset.test_labels)),
     }
 
 
@@ -124,88 +125,6 @@ def _reading(dataset: Streamed) -> Iterator[None]:
             f"the records of {dataset.name!r} in {folder} cannot be read or decoded "
             f"({brief(error)}); prepare or copy that folder again"
         ) from error
-
-
-def scale(
-    images: Any, kind: str, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any
-) -> Any:
-    """Returns uint8 images [n, h, w, c] as network input, of `dtype`.
-
-    standard: (x / 255 - mean) / std per channel; unit: x / 255; l2: x / 255, then each
-    image divided by its L2 norm (as Frankle's public MNIST code does).
-    """
-    x = tf.cast(images, dtype) / tf.constant(255, dtype)
-    if kind == "standard":
-        return (x - tf.constant(mean, dtype)) / tf.constant(std, dtype)
-    if kind == "l2":
-        norm = tf.sqrt(tf.reduce_sum(tf.square(x), axis=[1, 2, 3], keepdims=True))
-        return x / tf.maximum(norm, tf.constant(1e-12, dtype))
-    return x
-
-
-def augment(images: Any, kind: str, seed: Any, step: Any, first: Any = 0) -> Any:
-    """Returns a changed copy of a batch, or of a replica's share of it, for training on.
-
-    A function of (seed, step, place in the global batch): see `crops`.
-
-    flip_crop: SHIFT pixels of zeros are put around each image, a random part of the
-    original size is cut out of that, and mirrored with probability 1/2 (He et al. 2016,
-    section 4.2). In images scaled by `standard` 0 is the mean colour, in others black.
-
-    resized_crop: a random part, see `crops.boxes`, is scaled to full size (bilinear), and
-    mirrored with probability 1/2 (Szegedy et al. 2015, section 6).
-
-    Args:
-      images: float [n, h, w, c], after `scale`.
-      kind: none, flip_crop or resized_crop.
-      seed, step: integers or tensors [].
-      first: the place of images[0] in the global batch.
-    """
-    if kind == "none":
-        return images
-    places = first + tf.range(images.shape[0])
-    draw = functools.partial(crops.uniform, seed, step, places)
-    return _flip_crop(images, draw(3)) if kind == "flip_crop" else _resized_crop(images, draw)
-
-
-def _flip_crop(images: Any, numbers: Any) -> Any:
-    n, h, w, c = images.shape
-    down, right = (tf.cast(numbers[:, i] * (2 * SHIFT + 1), tf.int32) for i in (0, 1))
-    rows = down[:, None] + tf.range(h)
-    columns = right[:, None] + _mirrored(tf.range(w), numbers[:, 2])
-    around = [SHIFT, SHIFT]
-    padded = tf.pad(images, [[0, 0], around, around, [0, 0]])
-    # One gather of pixels: two, of rows and then of columns, take longer on CPUs.
-    rows += tf.range(n)[:, None] * padded.shape[1]
-    at = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
-    return tf.gather(tf.reshape(padded, [-1, c]), at)
-
-
-def _resized_crop(images: Any, draw: Any) -> Any:
-    n, h, w, c = images.shape
-    numbers = draw(crops.BOX + 1)
-    top, left, tall, wide = crops.boxes(numbers, h, w)
-    rows = _between(tf.range(h)[None], top, tall, h, images.dtype)
-    columns = _between(_mirrored(tf.range(w), numbers[:, -1]), left, wide, w, images.dtype)
-    # As products with matrices that have two weights a row: quicker than gathering pixels.
-    images = tf.reshape(rows @ tf.reshape(images, [n, h, w * c]), [n, h, w, c])
-    return columns[:, None] @ images
-
-
-def _mirrored(places: Any, numbers: Any) -> Any:
-    """[n, w]: the places 0 .. w - 1, backwards where the number is below 1/2."""
-    return tf.where(numbers[:, None] < 0.5, places[::-1], places)
-
-
-def _between(places: Any, start: Any, length: Any, size: int, dtype: Any) -> Any:
-    """[n, size, size]: row i has the weights of the pixels around the centre of pixel i.
-
-    Pixel i of `size` lies, centre over centre, in the part of `length` pixels at `start`;
-    beyond the image's border its outermost pixels go on.
-    """
-    at = start[:, None] + (tf.cast(places, tf.float32) + 0.5) * (length[:, None] / size) - 0.5
-    at = tf.cast(tf.clip_by_value(at, 0, size - 1), dtype)
-    return tf.nn.relu(1 - tf.abs(at[:, :, None] - tf.range(size, dtype=dtype)))
 
 
 class Resident:
@@ -381,12 +300,6 @@ def _share(strategy: Any, size: int) -> tuple[int, int]:
     """Returns the first example of a batch that is this replica's, and how many are."""
     share = size // strategy.num_replicas_in_sync
     return tf.distribute.get_replica_context().replica_id_in_sync_group * share, share
-
-
-def scaled(images: Any, dataset: Dataset | Streamed, spec: Spec) -> Any:
-    """Returns uint8 images of a data set as the input of a spec's network; see `scale`."""
-    dtype = tf.float64 if spec.precision == "float64" else tf.float32
-    return scale(images, spec.normalization, dataset.mean, dataset.std, dtype)
 
 
 def place(arrays: tuple, strategy: Any) -> tuple:

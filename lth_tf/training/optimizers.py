@@ -12,7 +12,8 @@ from lth_tf.compat import keras, tf
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 
-OPTIMIZERS: Registry[Callable[[Any, Spec], Any]] = Registry("optimizer")
+# What others need to know: whether weight_decay is its own, apart from the gradient.
+OPTIMIZERS: Registry[Callable[[Any, Spec], Any]] = Registry("optimizer", decoupled=False)
 
 
 @OPTIMIZERS.register("adam")
@@ -21,7 +22,7 @@ def adam(rate: Any, spec: Spec) -> Any:
     return keras.optimizers.Adam(rate, jit_compile=False)
 
 
-@OPTIMIZERS.register("adamw")
+@OPTIMIZERS.register("adamw", decoupled=True)
 def adamw(rate: Any, spec: Spec) -> Any:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
     return keras.optimizers.AdamW(rate, weight_decay=spec.weight_decay, jit_compile=False)

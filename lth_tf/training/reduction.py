@@ -38,20 +38,20 @@ class Reduction:
         self._sizes = [math.prod(variable.shape) for variable in trained]
         self._width = max([variable.dtype.size for variable in trained], default=4)
 
-    def kept(self, mask: Mask) -> Any:
-        """Returns the places of what is packed, int32 [k] on each replica; None: add up all."""
+    def entries(self, mask: Mask) -> Any:
+        """Returns the indices of what is packed, int32 [k] on each replica; None: add up all."""
         if not self._packs(mask):
             return None
-        return feeds.place((self._places(mask),), self._strategy)[0]
+        return feeds.place((self._indices(mask),), self._strategy)[0]
 
     def bytes(self, mask: Mask) -> int:
         """Returns the bytes that a replica gives to be added up in each step."""
         if self._strategy.num_replicas_in_sync == 1:
             return 0
-        entries = len(self._places(mask)) if self._packs(mask) else sum(self._sizes) + 1
+        entries = len(self._indices(mask)) if self._packs(mask) else sum(self._sizes) + 1
         return entries * self._width
 
-    def _places(self, mask: Mask) -> np.ndarray:
+    def _indices(self, mask: Mask) -> np.ndarray:
         """Which of all entries are packed, the last one is the loss: int32 [k], ascending."""
         chosen = [
             np.ones(size, bool) if name is None else mask[name].reshape(-1) != 0
@@ -67,20 +67,20 @@ class Reduction:
             return distribute.place_of(self._strategy)[1] > 1 and density < WORTH
         return self._communication == "packed"
 
-    def __call__(self, kept: Any, values: list[Any]) -> list[Any]:
+    def __call__(self, entries: Any, values: list[Any]) -> list[Any]:
         """Returns the sums, in a replica's graph.
 
         Args:
-          kept: what `kept` returned.
+          entries: what the method `entries` returned for the mask in force.
           values: the gradients of the trainable variables, and the loss.
         """
         if self._strategy.num_replicas_in_sync == 1:
             return values
         add = tf.distribute.get_replica_context().all_reduce
-        if kept is None:
+        if entries is None:
             return list(add(tf.distribute.ReduceOp.SUM, values))
         flat = tf.concat([tf.reshape(value, [-1]) for value in values], 0)
-        packed = add(tf.distribute.ReduceOp.SUM, tf.gather(flat, kept))
-        flat = tf.tensor_scatter_nd_update(flat, kept[:, None], packed)  # the others are zero
+        packed = add(tf.distribute.ReduceOp.SUM, tf.gather(flat, entries))
+        flat = tf.tensor_scatter_nd_update(flat, entries[:, None], packed)  # the others are zero
         parts = tf.split(flat, [*self._sizes, 1])
         return [tf.reshape(p, v.shape) for p, v in zip(parts, values, strict=True)]

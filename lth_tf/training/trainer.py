@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from lth_tf import distribute, models, pruning
+from lth_tf import distribute, models, pruning, schedules
 from lth_tf.callbacks import Rewind
 from lth_tf.callbacks.rewind import optimizer_state
 from lth_tf.compat import keras, tf
@@ -19,6 +19,7 @@ from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
 from lth_tf.spec import Spec
+from lth_tf.tasks import TASKS
 from lth_tf.training import feeds
 from lth_tf.training.feeds import CHUNK
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
@@ -37,9 +38,9 @@ class Interrupted(UserError):
     code = 143  # what a shell says of a process that SIGTERM has ended
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class State:
-    """All that a training needs to go on at a step as if it had never stopped.
+    """How far a training is; with variables and mask all that it needs to go on from there.
 
     Attributes:
       step: the next one.
@@ -49,14 +50,16 @@ class State:
       seconds: how long it took.
       variables: name -> array: weights and optimizer; BatchNormalization's moving
         statistics of each replica.
+      mask: kernel name -> 0/1 array, the one in force; None: the one it began with.
     """
 
     step: int
     since: int
     total: float
-    rows: tuple[dict[str, Any], ...]
+    rows: Sequence[dict[str, Any]]
     seconds: float
-    variables: dict[str, np.ndarray]
+    variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    mask: Mask | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +69,33 @@ class Trained:
     Attributes:
       weights: path -> array, at the end.
       rows: a dict per evaluation: step, loss (mean over the steps since the last
-        evaluation), validation and test loss and accuracy (None where the test part
+        evaluation), validation and test loss and metric (None where the test part
         was not looked at), learning_rate, seconds since the beginning.
       captured: the weights at the step asked for, or None.
+      mask: kernel name -> 0/1 array, the one in force at the end.
     """
 
     weights: Weights
     rows: list[dict[str, Any]]
-    captured: Weights | None = None
+    captured: Weights | None
+    mask: Mask
+
+
+@dataclasses.dataclass
+class _Course:
+    """A call of `train`: where it is, where it goes, and whom it tells."""
+
+    state: State  # with a list of rows
+    stop: int
+    seed: int
+    hooks: Any
+    boundaries: Callable[[int], Iterable[int | None]]  # step -> later ones that others need
+    keep: Callable[[State], None] | None
+    asked: Callable[[], bool]
+    began: float
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
 
 
 class Trainer:
@@ -81,12 +103,13 @@ class Trainer:
 
     Args:
       spec: what to train, and how.
-      dataset: images and labels, in memory or streamed.
+      dataset: inputs and labels, in memory or streamed.
       strategy: the replicas to train on (default: what the spec asks for).
 
     Attributes:
       model: the pruned model.
       input_shape, classes: what it was built for.
+      task: what it is trained for.
       strategy, workers: the replicas, and the processes that they are in.
       feed: where batches come from.
       reduction: how gradients are added up.
@@ -100,6 +123,7 @@ class Trainer:
         self.dataset: Any = dataset
         self.input_shape = tuple(dataset.input_shape)
         self.classes = dataset.classes
+        self.task = TASKS[dataset.task]
         self.strategy = strategy or distribute.strategy_of(spec)
         self.workers = distribute.workers_of(self.strategy)
         replicas = self.strategy.num_replicas_in_sync
@@ -119,7 +143,7 @@ class Trainer:
         pruning.require_maskable(self.optimizer)
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
         self._averaged = [v for v in self.model.variables if distribute.is_own(v)]
-        self._pace, self._kept = _PACE, None
+        self._pace, self._packed, self._mask_number = _PACE, None, -1
         compiled = _compiles(spec, replicas, plain)
         loops = compiled and self.feed.loops
         # A graph for each number of entries that replicas add up would be one for each level.
@@ -133,25 +157,26 @@ class Trainer:
 
     # --- In the graph ---
 
-    def _losses(self, logits: Any, labels: Any) -> tuple[Any, Any]:
-        logits = tf.cast(logits, tf.float64 if logits.dtype == tf.float64 else tf.float32)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), logits
+    def _outputs(self, x: Any, training: bool) -> Any:
+        """What the network puts out, wide enough for a loss."""
+        outputs = self.model(x, training=training)
+        return tf.cast(outputs, tf.float64 if outputs.dtype == tf.float64 else tf.float32)
 
-    def _step(self, taken: Any, seed: Any, step: Any, kept: Any) -> Any:
-        """One step on one replica; `taken` is what the feed has for it, `kept` see `Reduction`."""
+    def _step(self, taken: Any, seed: Any, step: Any, packed: Any) -> Any:
+        """One step on one replica; see the feed for `taken`, `Reduction` for `packed`."""
         x, y = self.feed.batch(taken, seed, step)
         variables = self.model.trainable_variables
         scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
         with tf.GradientTape() as tape:
-            losses, _ = self._losses(self.model(x, training=True), y)
+            losses = self.task.losses(y, self._outputs(x, training=True))
             # The mean over the global batch: replicas add up their shares of it.
             loss = tf.reduce_sum(losses) / self.spec.batch_size
             target = self.optimizer.get_scaled_loss(loss) if scaled else loss
         gradients = tape.gradient(target, variables)
-        *gradients, loss = self.reduction(kept, [*gradients, loss])
+        *gradients, loss = self.reduction(packed, [*gradients, loss])
         if scaled:
             gradients = self.optimizer.get_unscaled_gradients(gradients)
-        if self.spec.weight_decay and self.spec.optimizer != "adamw":
+        if self.spec.weight_decay and not OPTIMIZERS.about(self.spec.optimizer).decoupled:
             decay = self.spec.weight_decay
             gradients = [
                 g + decay * tf.cast(v, g.dtype)
@@ -163,45 +188,43 @@ class Trainer:
         return loss
 
     def _steps(
-        self, source: Any, count: Any, seed: Any, step: Any, total: Any, kept: Any
+        self, source: Any, count: Any, seed: Any, step: Any, total: Any, packed: Any
     ) -> tuple[Any, Any]:
         """`count` steps; adds their losses to `total`; also the first not finite, or -1."""
         bad = tf.constant(-1)
         for i in tf.range(count):
             taken = self.feed.take(source, i)
-            losses = self.strategy.run(self._run, (taken, seed, step + i, kept))
+            losses = self.strategy.run(self._run, (taken, seed, step + i, packed))
             loss = tf.cast(self.strategy.experimental_local_results(losses)[0], tf.float64)
             bad = tf.where((bad < 0) & ~tf.math.is_finite(loss), i, bad)
             total += loss
         return total, bad
 
     def _evaluate(self, source: Any, part: str) -> tuple[Any, Any]:
-        """Returns the sum of losses and the number of correct predictions over a part."""
-        loss, correct = tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64)
+        """Returns the sums of losses and of hits over a part."""
+        loss, hits = tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64)
         for i in tf.range(self.feed.blocks(part)):
             taken = self.feed.block(source, i)
             results = self.strategy.run(self._run_evaluation, (taken, part))
             sums = [self.strategy.reduce(tf.distribute.ReduceOp.SUM, r, None) for r in results]
-            loss, correct = loss + sums[0], correct + sums[1]
-        return loss, correct
+            loss, hits = loss + sums[0], hits + sums[1]
+        return loss, hits
 
     def _evaluate_step(self, taken: Any, part: str) -> tuple[Any, Any]:
         x, y, inside = self.feed.examples(taken, part)
-        inside = tf.cast(inside, tf.float64)
-        losses, logits = self._losses(self.model(x, training=False), y)
-        hits = tf.argmax(logits, -1, tf.int32) == y
-        return (
-            tf.reduce_sum(tf.cast(losses, tf.float64) * inside),
-            tf.reduce_sum(tf.cast(hits, tf.float64) * inside),
+        inside, outputs = tf.cast(inside, tf.float64), self._outputs(x, training=False)
+        return tuple(
+            tf.reduce_sum(tf.cast(each, tf.float64) * inside)
+            for each in (self.task.losses(y, outputs), self.task.hits(y, outputs))
         )
 
     # --- On the host ---
 
     def evaluate(self, part: str) -> tuple[float, float]:
-        """Returns mean loss and accuracy (0 to 1) on 'train', 'validation' or 'test'."""
+        """Returns mean loss and the task's metric on 'train', 'validation' or 'test'."""
         with self.feed.reading(), distribute.lost():
-            loss, correct = self._evaluation(self.feed.part(part), part)
-        return float(loss) / self.feed.sizes[part], float(correct) / self.feed.sizes[part]
+            loss, hits = self._evaluation(self.feed.part(part), part)
+        return float(loss) / self.feed.sizes[part], float(hits) / self.feed.sizes[part]
 
     def train(
         self,
@@ -233,7 +256,9 @@ class Trainer:
           captured: given those weights as soon as they are there.
           callbacks: Keras callbacks. `on_train_batch_end` fires after each block of
             steps with the last one's number, `on_epoch_*` around each evaluation;
-            `stop_training` and a changed learning rate are honoured.
+            `stop_training`, a changed learning rate and a changed mask
+            (`pruning.set_mask(self.model, mask)`) are honoured. One with a method
+            `next_boundary(step)` is asked for a later step at which a block is to end.
           state: where to go on, out of the same training that was interrupted; what
             callbacks remember is not part of it.
           keep: given the state every `checkpoint_every` steps, and when asked to stop.
@@ -247,73 +272,80 @@ class Trainer:
           InvariantError: a pruned weight is not zero afterwards.
           Interrupted: `asked` said so.
         """
-        spec = self.spec
         if state and capture is not None and state.step >= capture:
             capture = None
-        rewind = Rewind(weights, mask, step=start, capture=capture)
+        rewind = Rewind(weights, mask, step=start, capture=capture, captured=captured)
         hooks = keras.callbacks.CallbackList([rewind, *callbacks], model=self.model)
+        asking = [each.next_boundary for each in callbacks if hasattr(each, "next_boundary")]
         self.model.stop_training = False
         if isinstance(self._rate, float):  # a callback may have changed it
             pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
-        self._kept = self.reduction.kept(mask)
         hooks.on_train_begin()
-        if captured and rewind.captured is not None:  # of the first step
-            captured(rewind.captured)
-        rows: list[dict[str, Any]] = []
-        step, since, total, began = start, start, 0.0, time.perf_counter()
+        began = time.perf_counter()
+        course = _Course(
+            State(start, start, 0.0, [], 0.0), stop, seed, hooks,
+            lambda step: [capture, *(ask(step) for ask in asking)], keep, asked, began,
+        )  # fmt: skip
         if state:
-            step, since, total, rows = state.step, state.since, state.total, list(state.rows)
-            began -= state.seconds
+            course.state = dataclasses.replace(state, rows=list(state.rows))
+            course.began -= state.seconds
             self._restore(state)
         else:
-            self._row(rows, step, None, hooks, began, last=stop == start)
-        stops = False
-
-        def pause() -> None:
-            """Keeps the state, where that is due, and stops, where that was asked."""
-            due = spec.checkpoint_every and step % spec.checkpoint_every == 0
-            if keep and step < stop and (due or stops):
-                seconds = time.perf_counter() - began
-                keep(State(step, since, total, tuple(rows), seconds, self._variables()))
-            if stops and step < stop:
-                kept = "is kept" if keep else "is lost"
-                raise Interrupted(f"stopped at step {step} of {stop}, whose state {kept}")
-
-        while step < stop and not self.model.stop_training:
-            if step == since:
-                hooks.on_epoch_begin(len(rows) - 1)
-            end = min(
-                (step // spec.eval_every + 1) * spec.eval_every,
-                since + ((step - since) // CHUNK + 1) * CHUNK,
-                stop,
-            )
-            if capture is not None and step < capture:
-                end = min(end, capture)
-            hooks.on_train_batch_begin(step)
-            while True:  # in pieces of some seconds, within which nothing can stop it
-                piece = min(end, step + self._pace)
-                if spec.checkpoint_every:
-                    every = spec.checkpoint_every
-                    piece = min(piece, (step // every + 1) * every)
-                total = self.advance(step, piece, seed, total)
-                step, stops = piece, self._stops(asked)
-                if step == end:
-                    break
-                pause()
-            loss = total / (step - since)
-            hooks.on_train_batch_end(step - 1, {"loss": loss, "step": step})
-            if captured and rewind.captured is not None and step == capture:
-                captured(rewind.captured)
-            last = step == stop or bool(self.model.stop_training)
-            if step % spec.eval_every == 0 or last:
-                self._row(rows, step, loss, hooks, began, last)
-                since, total = step, 0.0
-            if not self.model.stop_training:
-                pause()
+            self._row(course, None, last=stop == start)
+        while course.state.step < stop and not self.model.stop_training:
+            self._block(course)
         pruning.check(self.model, self.optimizer)
         hooks.on_train_end()
         values = {name: v.numpy() for name, v in pruning.weights(self.model).items()}
-        return Trained(values, rows, rewind.captured)
+        rows = list(course.state.rows)
+        return Trained(values, rows, rewind.captured, pruning.get_mask(self.model))
+
+    def _block(self, course: _Course) -> None:
+        """Goes on to the next boundary, in pieces of some seconds, and does what is due there."""
+        state, hooks, every = course.state, course.hooks, self.spec.eval_every
+        if state.step == state.since:
+            hooks.on_epoch_begin(len(state.rows) - 1)
+        most = state.since + ((state.step - state.since) // CHUNK + 1) * CHUNK
+        end = schedules.next_boundary(
+            state.step, course.stop, every=[every], at=[most, *course.boundaries(state.step)]
+        )
+        hooks.on_train_batch_begin(state.step)
+        while True:
+            piece = schedules.next_boundary(
+                state.step, end, every=[self.spec.checkpoint_every], at=[state.step + self._pace]
+            )
+            state.total = self.advance(state.step, piece, course.seed, state.total)
+            state.step, stops = piece, self._stops(course.asked)
+            if state.step == end:
+                break
+            self._pause(course, stops)
+        loss = state.total / (state.step - state.since)
+        hooks.on_train_batch_end(state.step - 1, {"loss": loss, "step": state.step})
+        last = state.step == course.stop or bool(self.model.stop_training)
+        if state.step % every == 0 or last:
+            self._row(course, loss, last)
+            state.since, state.total = state.step, 0.0
+        if not self.model.stop_training:
+            self._pause(course, stops)
+
+    def _pause(self, course: _Course, stops: bool) -> None:
+        """Keeps the state, where that is due, and stops, where that was asked."""
+        state, every = course.state, self.spec.checkpoint_every
+        if state.step == course.stop:
+            return
+        if course.keep and (stops or (every and state.step % every == 0)):
+            course.keep(
+                dataclasses.replace(
+                    state,
+                    rows=tuple(state.rows),
+                    seconds=course.seconds(),
+                    variables=self._variables(),
+                    mask=pruning.get_mask(self.model),
+                )
+            )
+        if stops:
+            what = "is kept" if course.keep else "is lost"
+            raise Interrupted(f"stopped at step {state.step} of {course.stop}, whose state {what}")
 
     def advance(self, step: int, end: int, seed: int, total: float = 0.0) -> float:
         """Does the steps step .. end - 1, at most CHUNK, in one call; adds their losses to `total`.
@@ -323,12 +355,13 @@ class Trainer:
         Raises:
           DivergedError: a loss is NaN or infinite; names the step.
         """
+        self._follow_mask()
         # As tensors: a graph would be traced for each number that is a Python one.
         numbers = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
         began = time.perf_counter()
         with self.feed.reading(), distribute.lost():
             source = self.feed.begin(step, end, seed)
-            sums = self._chunk(source, *numbers, tf.constant(total, tf.float64), self._kept)
+            sums = self._chunk(source, *numbers, tf.constant(total, tf.float64), self._packed)
         total, bad = float(sums[0]), int(sums[1])
         if bad >= 0:
             raise DivergedError(
@@ -341,6 +374,12 @@ class Trainer:
         elif seconds > _SECONDS:
             self._pace = max(self._pace // 2, 1)
         return total
+
+    def _follow_mask(self) -> None:
+        """Renews what was made for a mask, where another one was set since."""
+        if (number := pruning.masks_set(self.model)) != self._mask_number:
+            self._packed = self.reduction.entries(pruning.get_mask(self.model))
+            self._mask_number = number
 
     def _stops(self, asked: Callable[[], bool]) -> bool:
         """Whether any worker is asked to stop; all get the chief's pace, too."""
@@ -367,6 +406,8 @@ class Trainer:
         return shared
 
     def _restore(self, state: State) -> None:
+        if state.mask is not None:  # it may have moved since the beginning
+            pruning.set_mask(self.model, state.mask, self.optimizer)
         first = distribute.first_replica(self.strategy)
         for name, variable in self._changed():
             own = distribute.is_own(variable)
@@ -389,12 +430,13 @@ class Trainer:
         if isinstance(rate, tf.Variable):
             yield "optimizer/learning_rate", rate
 
-    def _row(
-        self, rows: list, step: int, loss: float | None, hooks: Any, began: float, last: bool
-    ) -> None:
+    def _row(self, course: _Course, loss: float | None, last: bool) -> None:
+        """Evaluates, and writes a row; `loss` is None at the beginning of a training."""
         for variable in self._averaged:  # what is evaluated is what will be saved
             variable.assign(variable.read_value())
-        validation_loss, validation_accuracy = self.evaluate("validation")
+        rows: Any = course.state.rows
+        step, metric = course.state.step, self.task.metric
+        validation_loss, validation_metric = self.evaluate("validation")
         if not math.isfinite(validation_loss):
             raise DivergedError(
                 f"the validation loss is not finite at step {step}; lower --learning_rate (now "
@@ -404,17 +446,17 @@ class Trainer:
             "step": step,
             "loss": loss,
             "validation_loss": validation_loss,
-            "validation_accuracy": validation_accuracy,
+            f"validation_{metric}": validation_metric,
             "test_loss": None,
-            "test_accuracy": None,
+            f"test_{metric}": None,
             "learning_rate": self._current_rate(),
         }
         if last or all(validation_loss < r["validation_loss"] for r in rows):
-            row["test_loss"], row["test_accuracy"] = self.evaluate("test")
-        row["seconds"] = time.perf_counter() - began
+            row["test_loss"], row[f"test_{metric}"] = self.evaluate("test")
+        row["seconds"] = course.seconds()
         rows.append(row)
         if loss is not None:
-            hooks.on_epoch_end(len(rows) - 2, dict(row))
+            course.hooks.on_epoch_end(len(rows) - 2, dict(row))
 
     def _current_rate(self) -> float:
         optimizer = pruning.inner_optimizer(self.optimizer)

@@ -1,0 +1,91 @@
+"""Running an experiment: every replicate goes through the steps of its recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lth_tf.datasets import Dataset
+from lth_tf.errors import UserError
+from lth_tf.experiments.laboratory import opened
+from lth_tf.experiments.plans import Plan
+from lth_tf.recipes import RECIPES
+from lth_tf.spec import Spec
+
+
+def run(
+    spec: Spec,
+    workdir: str | os.PathLike,
+    dataset: Dataset,
+    progress: Callable[[Plan], Any] | None = None,
+    *,
+    score_only: bool = False,
+    trunk: str | os.PathLike | None = None,
+) -> list[dict[str, Any]]:
+    """Does an experiment of any recipe. Started again on the same workdir it goes on.
+
+    Args:
+      spec: the experiment.
+      workdir: folder for everything it writes.
+      dataset: inputs and labels; see `datasets.load`.
+      progress: given the plan, returns a `callbacks.progress.Progress`.
+      score_only: write tickets and stop; for recipes that pick before training.
+      trunk: another workdir, whose dense network is the same and is not trained again.
+
+    Returns:
+      The rows of summary.csv.
+
+    Raises:
+      UserError: see `Trainer`, `plan` and `scorers.one_shot_mask`; or the workdir belongs to
+        another spec or process, cannot be written or holds a damaged file.
+    """
+    recipe = RECIPES[spec.recipe]
+    with opened(spec, workdir, dataset, progress, trunk, trains=not score_only) as lab:
+        for replicate in range(spec.replicates):
+            recipe.steps(lab, replicate)
+    return lab.summary
+
+
+def imp(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+    """Iterative magnitude pruning with rewinding, in all replicates, with controls.
+
+    Frankle and Carbin 2019, section 1: train, prune, rewind, again; `retrain` and
+    `rewind_step` give the variants of Renda et al. 2020 and Frankle et al. 2020.
+
+    Args:
+      spec: the experiment, of the recipe 'imp'.
+      *arguments, **options: as for `run`.
+
+    Returns:
+      The rows of summary.csv.
+
+    Raises:
+      UserError: a spec of another recipe; or as `run`.
+    """
+    return _of("imp", spec, arguments, options)
+
+
+def one_shot(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+    """Pruning before training: a ticket of each density, picked from the initial weights.
+
+    Level i is the ticket of the i-th density, from the highest on; level 0, the dense
+    network, is trained with `spec.dense` only.
+
+    Args:
+      spec: the experiment, of the recipe 'one_shot'.
+      *arguments, **options: as for `run`.
+
+    Returns:
+      The rows of summary.csv.
+
+    Raises:
+      UserError: a spec of another recipe; or as `run`.
+    """
+    return _of("one_shot", spec, arguments, options)
+
+
+def _of(recipe: str, spec: Spec, arguments: tuple, options: dict) -> list[dict[str, Any]]:
+    if RECIPES[spec.recipe] is not RECIPES[recipe]:
+        raise UserError(f"the spec's recipe is {spec.recipe!r}, not {recipe!r}; use run(spec, ...)")
+    return run(spec, *arguments, **options)

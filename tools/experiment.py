@@ -1,0 +1,34 @@
+"""An experiment of any recipe as a command; lth-imp and lth-oneshot are such."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from absl import flags
+
+import lth_tf.flags
+from lth_tf import command
+from lth_tf.recipes import RECIPES
+
+
+def experiment(recipe: str) -> Callable[[], None]:
+    """Defines the flags of a recipe; returns the command that plans, runs and reports it."""
+    record = RECIPES[recipe]
+    lth_tf.flags.define_spec(recipe, **record.defaults)
+    workdir = flags.DEFINE_string("workdir", None, "Folder for everything the experiment writes.")
+    data_dir = flags.DEFINE_string(
+        "data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR)."
+    )
+    trunk = flags.DEFINE_string("trunk", None, "Workdir whose dense network is the same.")
+    plan = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
+    if record.picks:
+        flags.DEFINE_bool("score_only", False, "Write the tickets, and stop.")
+
+    def main() -> None:
+        spec = lth_tf.flags.spec_from_flags(recipe)
+        options = {"plan_only": plan.value, "trunk": trunk.value}
+        if record.picks:
+            options["score_only"] = flags.FLAGS.score_only
+        command.run(spec, data_dir.value, workdir.value, **options)
+
+    return lambda: lth_tf.flags.run(main)
