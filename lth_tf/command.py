@@ -10,7 +10,7 @@ from typing import Any
 
 import rich.console
 
-from lth_tf import datasets, distribute, experiments, report
+from lth_tf import datasets, distribute, experiments, models, report
 from lth_tf.callbacks.progress import Progress
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
@@ -70,12 +70,15 @@ def _run(
         data = workers.agree(load)
     else:
         data = load()
-    planned = experiments.plan(spec, data.input_shape, data.classes)
+    blueprint = models.Blueprint(spec, data.input_shape, data.classes)
+    planned = experiments.plan(spec, data.input_shape, data.classes, blueprint)
     for part in report.plan_tables(planned, spec, options.get("score_only", False)):
         console.print(part, highlight=False)
     if plan_only:
         return
     work = Path(workdir or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
-    rows = experiments.run(spec, work, data, lambda p: Progress(console, p.steps), **options)
+    rows = experiments.run(
+        spec, work, data, lambda p: Progress(console, p.steps), blueprint=blueprint, **options
+    )
     if workers is None or workers.chief:
         report.finish(console, rows, work, spec)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lth_tf.errors import UserError
@@ -452,6 +453,19 @@ def fields_of(
         ):
             found.append(field.name)
     return found
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Returns in words what two dicts of values say differently, '' where nothing.
+
+    >>> differences({"seed": 1, "levels": 3}, {"seed": 2, "levels": 3})
+    'seed is 1 there, 2 here'
+    """
+    return "; ".join(
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    )
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:

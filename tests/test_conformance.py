@@ -10,20 +10,17 @@ import pytest
 from lth_tf import datasets, masks, pruning, training
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset
-from lth_tf.experiments import Laboratory, branch
+from lth_tf.errors import UserError
+from lth_tf.experiments import Laboratory, branch, branches
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.flags import REGISTRIES
 from lth_tf.models import INITS, MODELS
+from lth_tf.recipes import RECIPES
 from lth_tf.schedules import LR_SCHEDULES
 from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS, one_shot_mask
 from lth_tf.spec import Spec
 from lth_tf.training import OPTIMIZERS, Trainer
-
-# The smallest images of the models that do not take 8x8 ones.
-SIDES = {"lenet5": 16, **{f"vgg{n}": 16 for n in (11, 13, 16, 19)}, "imagenet_vgg16": 32}
-# More of the blocks that resnet20 has: too slow to train here.
-DEEP = {"resnet32", "resnet44", "resnet56", "resnet110", "imagenet_resnet18"}
 
 
 def tiny_model():
@@ -74,7 +71,7 @@ def test_scorer_repeats_is_finite_and_takes_every_kernel(scorer):
         assert s.shape == kernels[name].shape and np.isfinite(s).all()
         assert s.tobytes() == again[name].tobytes()
         assert len(np.unique(s)) > 2
-    if scorer == "random":
+    if SCORERS.about(scorer).draws:
         assert not np.array_equal(scored(scorer, seed=1)["conv/kernel"], scores["conv/kernel"])
 
 
@@ -118,7 +115,8 @@ def test_one_shot_mask_is_exact_and_leaves_the_model_as_it_is(scorer, scope):
 @pytest.mark.parametrize("name", [*MODELS, "lenet_7_5_3"])
 def test_model_wraps_trains_and_repeats(name, request):
     thin = "width" in inspect.signature(MODELS[name]).parameters
-    shape = (SIDES.get(name, 8), SIDES.get(name, 8), 3)
+    side = max(8, MODELS.about(name).smallest or 1)
+    shape = (side, side, 3)
     spec = Spec(
         dataset="digits", model=name, width=1 / 16 if thin else 1.0, validation_size=8,
         batch_size=4, train_steps=2, eval_every=2, compile="off",
@@ -128,7 +126,7 @@ def test_model_wraps_trains_and_repeats(name, request):
     other, _ = training.initial_weights(spec, shape, 4, seed=4)
     assert all(np.array_equal(weights[n], again[n]) for n in weights)
     assert not any(np.array_equal(weights[n], other[n]) for n in kernels)
-    if name in DEEP:
+    if MODELS.about(name).like:  # more of the blocks that that one has: too slow to train here
         return
     if thin and name != "vgg11":  # tracing would take most of the time
         tf.config.run_functions_eagerly(True)
@@ -175,10 +173,24 @@ def pruned(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(
-    "recipe, name",
-    [("imp", "reinit"), ("imp", "shuffle"), *(("one_shot", name) for name in BRANCHES)],
-)
+def possible(recipe, name):
+    """Whether a recipe's tickets can have a branch."""
+    try:
+        branches.require(name, Spec(recipe=recipe))
+    except UserError:
+        return False
+    return True
+
+
+CONTROLS = [(r, name) for r in RECIPES for name in BRANCHES if possible(r, name)]
+
+
+def test_every_branch_is_possible_somewhere():
+    assert {name for _, name in CONTROLS} == set(BRANCHES)
+    assert {recipe for recipe, _ in CONTROLS} == set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe, name", CONTROLS)
 def test_branch_changes_something_repeats_and_stays_valid(recipe, name, pruned):
     own, *others = pruned[recipe]
     control, again = branch(own, name, *others), branch(own, name, *others)
@@ -196,11 +208,11 @@ def test_branch_changes_something_repeats_and_stays_valid(recipe, name, pruned):
     assert masks.kept(control.mask) == masks.kept(own.mask) == count(0.4, masks.size(own.mask))
     assert control.level == own.level and control.origin["arm"] == name
     assert own.origin["arm"] == "ticket" and control.spec == own.spec
-    other = dataclasses.replace(own, origin={**own.origin, "seed": 99})
-    assert any(
-        not np.array_equal(a, branch(other, name, *others).weights[n])
-        for n, a in control.weights.items()
+    other = branch(
+        dataclasses.replace(own, origin={**own.origin, "seed": 99}), name, *others
     )
+    same = all(np.array_equal(a, other.weights[n]) for n, a in control.weights.items())
+    assert same != BRANCHES.about(name).draws
 
 
 @pytest.mark.parametrize("name", INITS)

@@ -4,9 +4,9 @@ from lth_tf.experiments.branches import BRANCHES, branch
 from lth_tf.experiments.laboratory import Laboratory, opened
 from lth_tf.experiments.plans import Plan, plan
 from lth_tf.experiments.running import imp, one_shot, run
-from lth_tf.experiments.workdirs import finished, read_spec, require_own
+from lth_tf.experiments.workdirs import finished, read_spec, require_own, write_spec
 
 __all__ = [
     "BRANCHES", "Laboratory", "Plan", "branch", "finished", "imp", "one_shot", "opened",
-    "plan", "read_spec", "require_own", "run",
+    "plan", "read_spec", "require_own", "run", "write_spec",
 ]  # fmt: skip

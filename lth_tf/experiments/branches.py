@@ -56,8 +56,8 @@ def _signs(spec: Spec) -> None:
         )
 
 
-# What others need to know: whether it draws at random, and (spec), which raises UserError, with
-# the end of the sentence, where such tickets cannot have it.
+# What others need to know: whether another seed gives another control, and (spec), which raises
+# UserError, with the end of the sentence, where such tickets cannot have it.
 BRANCHES: Registry[Branch] = Registry("branch", draws=False, needs=_anything)
 
 
@@ -110,13 +110,13 @@ def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     return dataclasses.replace(ticket, mask=mask, weights=masks.apply(mask, start))
 
 
-@BRANCHES.register("invert", needs=_scores)
+@BRANCHES.register("invert", draws=True, needs=_scores)
 def invert(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """The weights with the lowest scores (Frankle et al. 2021, their ablations)."""
     return _picked_again("invert", ticket, start, dataset, np.negative)
 
 
-@BRANCHES.register("absolute", needs=_signs)
+@BRANCHES.register("absolute", draws=True, needs=_signs)
 def absolute(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """The weights whose scores are furthest from zero (Frankle et al. 2021, their ablations)."""
     return _picked_again("absolute", ticket, start, dataset, np.abs)

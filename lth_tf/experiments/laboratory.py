@@ -28,7 +28,7 @@ from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
-from lth_tf.training import Trained, Trainer, checkpoints, initial_weights
+from lth_tf.training import Trained, Trainer, checkpoints
 
 _TRAINED = "trained.safetensors"
 
@@ -52,6 +52,7 @@ class Laboratory:
       asked: whether to stop, see `checkpoints.terminations`.
       trunk: another workdir, with the same dense network; see `trunk.take`.
       trains: whether tickets are to be trained, or only made.
+      blueprint: of the network, where others look at it, too.
 
     Attributes:
       spec, workdir, trains: as given.
@@ -70,13 +71,15 @@ class Laboratory:
         asked: checkpoints.Asked | None = None,
         trunk: Path | None = None,
         trains: bool = True,
+        blueprint: models.Blueprint | None = None,
     ):
         self.spec, self.workdir, self.trunk, self.trains = spec, workdir, trunk, trains
         self.asked = asked or checkpoints.Asked()
         self.progress: Any = None
-        self.trainer = Trainer(spec, dataset, strategy)
+        self.blueprint = blueprint or models.Blueprint(spec, dataset.input_shape, dataset.classes)
+        self.plan = plan(spec, dataset.input_shape, dataset.classes, self.blueprint)
+        self.trainer = Trainer(spec, dataset, strategy, self.blueprint)
         self.workers = self.trainer.workers
-        self.plan = plan(spec, self.trainer.input_shape, self.trainer.classes)
         written = workdir / "summary.csv"
         self.summary: list[dict[str, Any]]
         _, self.summary = self.workers.share(
@@ -259,9 +262,7 @@ class Laboratory:
     def dense(self, replicate: int) -> Ticket:
         """Returns the level-0 ticket: nothing pruned, weights as initialised."""
         spec, seed = self.spec, self.spec.seed + replicate
-        weights, kernels = initial_weights(
-            spec, self.trainer.input_shape, self.trainer.classes, seed
-        )
+        weights = self.blueprint.initial(seed)
         origin = {
             "seed": seed,
             "replicate": replicate,
@@ -271,7 +272,7 @@ class Laboratory:
             "dataset": spec.dataset,
             "initial_sha256": storage.digest(weights),
         }
-        mask = masks.ones({name: weights[name].shape for name in kernels})
+        mask = masks.ones(self.plan.shapes)
         return Ticket(mask, weights, 0, 0, origin, spec)
 
     def prune(self, ticket: Ticket, trained: Mapping, start: Mapping, level: int) -> Ticket:
@@ -292,9 +293,12 @@ class Laboratory:
     def pick(self, dense: Ticket, level: int) -> Ticket:
         """Returns the ticket that the spec's scorer picks; says what of the network is cut."""
         with distribute.scoring(self.trainer.strategy):
-            ticket = picking.pick(dense, self.trainer.dataset, self.plan.densities[level], level)
-        model = models.build(self.spec, self.trainer.input_shape, self.trainer.classes, 0)
-        found = analysis.collapse(ticket.mask, analysis.connected(model, ticket.mask))
+            ticket = picking.pick(
+                dense, self.trainer.dataset, self.plan.densities[level], level,
+                model=self.blueprint.holding(dense.weights),
+            )  # fmt: skip
+        through = analysis.connected(self.blueprint.plain, ticket.mask)
+        found = analysis.collapse(ticket.mask, through)
         if self.progress or "warning" in found:
             self.say(found)
         return ticket
@@ -316,6 +320,7 @@ def opened(
     progress: Callable[[Plan], Any] | None,
     trunk: str | os.PathLike | None = None,
     trains: bool = True,
+    blueprint: models.Blueprint | None = None,
 ) -> Iterator[Laboratory]:
     """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint."""
     work, spec = Path(workdir), distribute.resolve(spec)
@@ -331,7 +336,7 @@ def opened(
         workers.share(own)
         asked = stack.enter_context(checkpoints.terminations())
         source = Path(trunk) if trunk else None
-        lab = Laboratory(spec, work, dataset, strategy, asked, source, trains)
+        lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
         lab.write(lambda: write_spec(work, spec))
         if progress and workers.chief:

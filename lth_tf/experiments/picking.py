@@ -132,6 +132,7 @@ def pick(
     density: Mapping[str, float],
     level: int,
     transform: Transform | None = None,
+    model: Any = None,
 ) -> Ticket:
     """Returns the ticket that the spec's scorer picks out of a dense one.
 
@@ -141,9 +142,12 @@ def pick(
       density: kernel name -> fraction kept.
       level: its number.
       transform: applied to the scores, e.g. np.negative.
+      model: the plain network with the ticket's weights (default: built anew).
     """
     spec, seed = dense.spec, dense.origin["seed"]
-    shape, classes = tuple(dense.origin["input_shape"]), dense.origin["classes"]
+    if model is None:
+        shape, classes = tuple(dense.origin["input_shape"]), dense.origin["classes"]
+        model = plain_model(spec, shape, classes, seed)
     scoring: dict[str, Any] = {"rounds": rounds(spec)}
     chosen, data = options(spec, seed), None
     if looks_at_data(spec.scorer):
@@ -152,7 +156,7 @@ def pick(
         if "batch_norm" in chosen:
             scoring["batch_norm"] = chosen["batch_norm"]
     mask = one_shot_mask(
-        plain_model(spec, shape, classes, seed),
+        model,
         spec.scorer,
         data,
         density=density,

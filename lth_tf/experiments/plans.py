@@ -39,14 +39,25 @@ class Plan:
         return {name: count(d, sizes[name]) for name, d in self.densities[level].items()}
 
 
-def plan(spec: Spec, input_shape: tuple[int, ...], classes: int) -> Plan:
+def plan(
+    spec: Spec,
+    input_shape: tuple[int, ...],
+    classes: int,
+    blueprint: models.Blueprint | None = None,
+) -> Plan:
     """Returns what `run` would do.
+
+    Args:
+      spec: the experiment.
+      input_shape, classes: of its data set.
+      blueprint: of the network, where others look at it, too.
 
     Raises:
       UserError: a density that cannot be reached, control levels that do not exist, or a
         control that such tickets cannot have.
     """
-    recipe, model = RECIPES[spec.recipe], models.build(spec, input_shape, classes, spec.seed)
+    recipe = RECIPES[spec.recipe]
+    model = (blueprint or models.Blueprint(spec, input_shape, classes)).plain
     shapes = {name: tuple(v.shape) for name, v in pruning.kernels(model).items()}
     densities, rates = recipe.levels(spec, shapes, pruning.kinds(model))
     for name in spec.controls:

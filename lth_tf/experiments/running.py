@@ -10,6 +10,7 @@ from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.experiments.laboratory import opened
 from lth_tf.experiments.plans import Plan
+from lth_tf.models import Blueprint
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec
 
@@ -22,6 +23,7 @@ def run(
     *,
     score_only: bool = False,
     trunk: str | os.PathLike | None = None,
+    blueprint: Blueprint | None = None,
 ) -> list[dict[str, Any]]:
     """Does an experiment of any recipe. Started again on the same workdir it goes on.
 
@@ -32,6 +34,7 @@ def run(
       progress: given the plan, returns a `callbacks.progress.Progress`.
       score_only: write tickets and stop; for recipes that pick before training.
       trunk: another workdir, whose dense network is the same and is not trained again.
+      blueprint: of the network, where the caller has looked at it.
 
     Returns:
       The rows of summary.csv.
@@ -41,7 +44,7 @@ def run(
         another spec or process, cannot be written or holds a damaged file.
     """
     recipe = RECIPES[spec.recipe]
-    with opened(spec, workdir, dataset, progress, trunk, trains=not score_only) as lab:
+    with opened(spec, workdir, dataset, progress, trunk, not score_only, blueprint) as lab:
         for replicate in range(spec.replicates):
             recipe.steps(lab, replicate)
     return lab.summary

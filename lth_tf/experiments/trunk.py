@@ -11,7 +11,7 @@ from typing import Any
 
 from lth_tf import storage
 from lth_tf.errors import UserError
-from lth_tf.spec import Spec, fields_of
+from lth_tf.spec import Spec, differences, fields_of
 from lth_tf.tickets import Ticket, load_ticket, load_trained
 from lth_tf.training import checkpoints
 
@@ -79,11 +79,10 @@ def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]
 
 def _require_same(theirs: Ticket, mine: Ticket, source: Path) -> None:
     """Raises UserError unless two dense tickets are trained alike, from the same weights."""
-    there = {**theirs.origin, **trunk_fields(theirs.spec)}
-    here = {**mine.origin, **trunk_fields(mine.spec)}
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if names:
-        listed = "; ".join(f"{n} is {there.get(n)!r} there, {here.get(n)!r} here" for n in names)
+    listed = differences(
+        {**theirs.origin, **trunk_fields(theirs.spec)}, {**mine.origin, **trunk_fields(mine.spec)}
+    )
+    if listed:
         raise UserError(
             f"{os.fspath(source)!r} is no trunk of this experiment: {listed}; give the trunk of "
             "the same dense training, or none"

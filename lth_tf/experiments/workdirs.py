@@ -10,7 +10,7 @@ from pathlib import Path
 from lth_tf import storage
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, differences
 
 
 def require_own(workdir: Path, spec: Spec) -> None:
@@ -22,19 +22,18 @@ def require_own(workdir: Path, spec: Spec) -> None:
     path = workdir / "spec.json"
     if path.exists():
         found = read_spec(workdir)
-        mine, theirs = spec.identity(), found.identity()
-        differing = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+        only = spec.recipe != found.recipe and "recipe"  # whose fields are others, too
+        there, here = (
+            {n: v for n, v in s.identity().items() if n == (only or n)} for s in (found, spec)
+        )
         costly = "ticket.*" if RECIPES[found.recipe].picks else "checkpoint_*"
         begun = any(workdir.glob(f"replicate_*/**/{costly}"))
-        if differing and not begun and next(finished(workdir), None) is None:
+        listed = differences(there, here)
+        if listed and not begun and next(finished(workdir), None) is None:
             # Whoever had it never finished anything: a first try with a mistake in it.
             for folder in workdir.glob("replicate_*"):
                 shutil.rmtree(folder)
-        elif differing:
-            there, here = found.as_dict(), spec.as_dict()
-            if found.recipe != spec.recipe:
-                differing = ["recipe"]
-            listed = "; ".join(f"{n} is {there[n]!r} there, {here[n]!r} here" for n in differing)
+        elif listed:
             raise UserError(
                 f"{str(workdir)!r} belongs to another experiment: {listed}; choose another "
                 "--workdir or the same values"

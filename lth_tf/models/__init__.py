@@ -7,15 +7,16 @@ draws from a seed of its own, so that equal seeds give equal weights in every pr
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lth_tf import pruning
-from lth_tf.compat import keras
+from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.models import parts, resnet, vgg
 from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, require_images
@@ -23,8 +24,8 @@ from lth_tf.registry import Registry
 from lth_tf.spec import Spec
 
 __all__ = [
-    "INITS", "MODELS", "StatelessDropout", "Weights", "build", "initial_weights", "plain_model",
-    "policy",
+    "INITS", "MODELS", "Blueprint", "StatelessDropout", "Weights", "build", "initial_weights",
+    "plain_model", "policy", "register",
 ]  # fmt: skip
 
 Weights = dict[str, np.ndarray]
@@ -76,6 +77,51 @@ def initial_weights(
     return values, list(pruning.kernels(model))
 
 
+class Blueprint:
+    """The network of an experiment, built once for all who look at it.
+
+    Args:
+      spec: the experiment.
+      input_shape, classes: of its data set.
+    """
+
+    def __init__(self, spec: Spec, input_shape: tuple[int, ...], classes: int):
+        self.spec, self.input_shape, self.classes = spec, tuple(input_shape), classes
+        self._drawn: Weights | None = None
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        """The plain model, see `plain_model`; what it has for weights does not matter."""
+        model = plain_model(self.spec, self.input_shape, self.classes, self.spec.seed)
+        self._drawn = {name: v.numpy() for name, v in pruning.weights(model).items()}
+        return model
+
+    def holding(self, weights: Mapping[str, np.ndarray]) -> Any:
+        """Returns the plain model with these weights, path -> array."""
+        pruning.assign(self.plain, weights)
+        return self.plain
+
+    def initial(self, seed: int) -> Weights:
+        """Returns the weights that `seed` draws, path -> array."""
+        if seed == self.spec.seed and self._drawn is not None:
+            drawn, self._drawn = self._drawn, None
+            return drawn
+        return initial_weights(self.spec, self.input_shape, self.classes, seed)[0]
+
+    def pruned(self) -> Any:
+        """Returns a pruned model for training, in the spec's precision.
+
+        It is made of the layers of `plain` where these are of that precision and in no scope of
+        replicas.
+        """
+        if self.spec.precision in ("float32", "float64") and not tf.distribute.has_strategy():
+            return pruning.prune(self.plain)
+        with policy(self.spec.precision):
+            return pruning.prune(
+                build(self.spec, self.input_shape, self.classes, self.spec.seed)
+            )
+
+
 def _lenet(units: list[int]) -> Builder:
     def build(
         input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
@@ -102,11 +148,43 @@ def _family(name: str) -> Builder | None:
     return None
 
 
-MODELS: Registry[Builder] = Registry("model", _family, ("lenet_A_B_...",))
-MODELS.register("lenet_300_100")(_lenet([300, 100]))
+# What others need to know: the sides of the smallest image that it takes (None: it takes inputs of
+# any shape), and another model that is made of the same blocks, but of fewer.
+MODELS: Registry[Builder] = Registry(
+    "model", _family, ("lenet_A_B_...",), smallest=None, like=None
+)
 
 
-@MODELS.register("lenet5")
+def register(
+    name: str, *, smallest: int | None = None, like: str | None = None
+) -> Callable[[Builder], Builder]:
+    """Decorator that enters a builder in MODELS.
+
+    Args:
+      name: under which it is entered.
+      smallest: the model takes images only, with sides of at least so many pixels; others are
+        refused.
+      like: a model that is made of the same blocks, but of fewer.
+    """
+
+    def enter(builder: Builder) -> Builder:
+        if smallest is None:
+            return MODELS.register(name, like=like)(builder)
+
+        @functools.wraps(builder)
+        def checked(input_shape: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+            require_images(name, input_shape, smallest)
+            return builder(input_shape, *arguments, **options)
+
+        return MODELS.register(name, smallest=smallest, like=like)(checked)
+
+    return enter
+
+
+register("lenet_300_100")(_lenet([300, 100]))
+
+
+@register("lenet5", smallest=16)
 def lenet5(
     input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
 ) -> Any:
@@ -115,7 +193,6 @@ def lenet5(
     "LeNet-5-Caffe" of the pruning papers (Lee et al. 2019, section 5.1): 431,080
     parameters on 28x28 images, 430,500 of them weights of kernels.
     """
-    require_images("lenet5", input_shape, 16)
     inits = initialisers(init, seed)
     layers: list[Any] = [keras.Input(input_shape)]
     for i, filters in enumerate((20, 50)):
@@ -143,7 +220,6 @@ def _conv(blocks: list[int], dropout: float) -> Builder:
     def build(
         input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
     ) -> Any:
-        require_images(name + "_dropout" * (dropout > 0), input_shape, 2 ** len(blocks))
         inits = initialisers(init, seed)
         layers: list[Any] = [keras.Input(input_shape)]
         n = 0
@@ -182,10 +258,10 @@ def _conv(blocks: list[int], dropout: float) -> Builder:
     return build
 
 
-for _depth, _blocks in ((2, [64]), (4, [64, 128]), (6, [64, 128, 256])):
-    MODELS.register(f"conv{_depth}")(_conv(_blocks, 0.0))
-    MODELS.register(f"conv{_depth}_dropout")(_conv(_blocks, 0.5))
+for _blocks in ([64], [64, 128], [64, 128, 256]):
+    for _dropout, _suffix in ((0.0, ""), (0.5, "_dropout")):
+        _name = f"conv{2 * len(_blocks)}{_suffix}"
+        register(_name, smallest=2 ** len(_blocks))(_conv(_blocks, _dropout))
 
-for _builders in (resnet.BUILDERS, vgg.BUILDERS):
-    for _name, _builder in _builders.items():
-        MODELS.register(_name)(_builder)
+resnet.register_all(register)
+vgg.register_all(register)

@@ -8,12 +8,12 @@ sides, as the papers' code does, so that F(x) and shortcut(x) look at the same p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
-from lth_tf.models.parts import Builder, initialisers, norm, require_images, scaled
+from lth_tf.models.parts import Builder, initialisers, norm, scaled
 
 
 @keras.saving.register_keras_serializable(package="lth_tf")
@@ -106,7 +106,6 @@ def _small(depth: int) -> Builder:
         width: float = 1.0,
         shortcut: str = "projection",
     ) -> Any:
-        require_images(f"resnet{depth}", input_shape)
         if shortcut not in ("projection", "identity"):
             raise UserError(f"unknown shortcut {shortcut!r}; there are: projection, identity")
         inits = initialisers(init, seed)
@@ -135,7 +134,6 @@ def _imagenet(depth: int, blocks: list[int], bottleneck: bool) -> Builder:
         init: str = "glorot_normal",
         width: float = 1.0,
     ) -> Any:
-        require_images(f"imagenet_resnet{depth}", input_shape)
         inits = initialisers(init, seed)
         filters = [scaled(n, width) for n in (64, 128, 256, 512)]
         inputs = keras.Input(input_shape)
@@ -156,8 +154,13 @@ def _imagenet(depth: int, blocks: list[int], bottleneck: bool) -> Builder:
     return build
 
 
-BUILDERS: dict[str, Builder] = {
-    **{f"resnet{depth}": _small(depth) for depth in (20, 32, 44, 56, 110)},
-    "imagenet_resnet18": _imagenet(18, [2, 2, 2, 2], False),
-    "imagenet_resnet50": _imagenet(50, [3, 4, 6, 3], True),
-}
+DEPTHS = (20, 32, 44, 56, 110)
+
+
+def register_all(register: Callable[..., Callable[[Builder], Builder]]) -> None:
+    """Enters all of them, by `models.register`."""
+    for depth in DEPTHS:
+        like = None if depth == DEPTHS[0] else f"resnet{DEPTHS[0]}"
+        register(f"resnet{depth}", smallest=1, like=like)(_small(depth))
+    register("imagenet_resnet18", smallest=1, like="resnet20")(_imagenet(18, [2, 2, 2, 2], False))
+    register("imagenet_resnet50", smallest=1)(_imagenet(50, [3, 4, 6, 3], True))

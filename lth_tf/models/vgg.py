@@ -6,7 +6,7 @@ Five stages of 3x3 convolutions at 64, 128, 256, 512 and 512 channels, max-pools
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lth_tf.compat import keras
@@ -15,7 +15,6 @@ from lth_tf.models.parts import (
     StatelessDropout,
     initialisers,
     norm,
-    require_images,
     scaled,
 )
 
@@ -54,7 +53,6 @@ def _small(depth: int) -> Builder:
         init: str = "glorot_normal",
         width: float = 1.0,
     ) -> Any:
-        require_images(f"vgg{depth}", input_shape, 16)
         inits = initialisers(init, seed)
         layers = [
             keras.Input(input_shape),
@@ -88,7 +86,6 @@ def imagenet_vgg16(
     normalisation makes superfluous. `width` scales the dense layers, too. For images of
     32x32 or more, whose size decides that of the first dense layer.
     """
-    require_images("imagenet_vgg16", input_shape, 32)
     inits = initialisers(init, seed)
     layers = [
         keras.Input(input_shape),
@@ -109,7 +106,8 @@ def imagenet_vgg16(
     return keras.Sequential(layers, name="imagenet_vgg16")
 
 
-BUILDERS: dict[str, Builder] = {
-    **{f"vgg{depth}": _small(depth) for depth in CONVOLUTIONS},
-    "imagenet_vgg16": imagenet_vgg16,
-}
+def register_all(register: Callable[..., Callable[[Builder], Builder]]) -> None:
+    """Enters all of them, by `models.register`."""
+    for depth in CONVOLUTIONS:
+        register(f"vgg{depth}", smallest=16)(_small(depth))
+    register("imagenet_vgg16", smallest=32)(imagenet_vgg16)

@@ -105,6 +105,7 @@ class Trainer:
       spec: what to train, and how.
       dataset: inputs and labels, in memory or streamed.
       strategy: the replicas to train on (default: what the spec asks for).
+      blueprint: of the network, where others look at it, too.
 
     Attributes:
       model: the pruned model.
@@ -118,7 +119,13 @@ class Trainer:
       UserError: an unusable optimizer, devices or batch size, or too few examples.
     """
 
-    def __init__(self, spec: Spec, dataset: Dataset | Streamed, strategy: Any = None):
+    def __init__(
+        self,
+        spec: Spec,
+        dataset: Dataset | Streamed,
+        strategy: Any = None,
+        blueprint: models.Blueprint | None = None,
+    ):
         self.spec = spec
         self.dataset: Any = dataset
         self.input_shape = tuple(dataset.input_shape)
@@ -133,9 +140,9 @@ class Trainer:
                 f"batch_size {spec.batch_size} exceeds the {self.feed.sizes['train']} training "
                 f"examples that {dataset.name!r} has besides {spec.validation_size} for validation"
             )
-        with policy(spec.precision), self.strategy.scope():
-            plain = models.build(spec, self.input_shape, self.classes, spec.seed)
-            self.model = pruning.prune(plain)
+        blueprint = blueprint or models.Blueprint(spec, self.input_shape, self.classes)
+        with self.strategy.scope(), policy(spec.precision):
+            self.model = blueprint.pruned()
             self._rate = learning_rate(spec)
             self.model.compile(OPTIMIZERS[spec.optimizer](self._rate, spec))
             self.optimizer = self.model.optimizer
@@ -144,7 +151,7 @@ class Trainer:
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
         self._averaged = [v for v in self.model.variables if distribute.is_own(v)]
         self._pace, self._packed, self._mask_number = _PACE, None, -1
-        compiled = _compiles(spec, replicas, plain)
+        compiled = _compiles(spec, replicas, self.model)
         loops = compiled and self.feed.loops
         # A graph for each number of entries that replicas add up would be one for each level.
         self._chunk = tf.function(self._steps, jit_compile=loops, reduce_retracing=replicas > 1)

@@ -1,0 +1,126 @@
+"""What earlier versions wrote is read, and gone on with; what later ones wrote is refused."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import safetensors.numpy
+
+from lth_tf import datasets, experiments, pruning, storage
+from lth_tf.analysis import read_summary
+from lth_tf.analysis.summary import read_csv
+from lth_tf.errors import UserError
+from lth_tf.spec import Spec
+from lth_tf.tickets import load_ticket, load_trained
+from lth_tf.training import Trainer, checkpoints
+
+FORMATS = pathlib.Path(__file__).parent / "formats"
+OLDER = sorted(p.name for p in FORMATS.iterdir() if p.is_dir())
+LEVEL = "replicate_00/level_01"
+
+
+def test_there_is_a_folder_for_each_older_format():
+    assert OLDER == [str(number) for number in range(1, storage.FORMAT)]
+
+
+@pytest.mark.parametrize("number", OLDER)
+def test_every_kind_of_file_is_read(number):
+    work = FORMATS / number / "interrupted"
+    spec = experiments.read_spec(work)
+    assert spec.model == "lenet_4_3" and spec.levels == 1
+    ticket = load_ticket(work / LEVEL / "ticket.safetensors")
+    assert ticket.density == pytest.approx(0.5, abs=0.01) and ticket.spec == spec
+    trained = load_trained(work / "replicate_00/level_00/trained.safetensors")
+    assert trained.keys() == ticket.weights.keys()
+    state = checkpoints.latest(work / LEVEL, pytest.fail)
+    assert state.step == 80 and {f"weights/{n}" for n in trained} < state.variables.keys()
+
+
+@pytest.mark.parametrize("number", OLDER)
+def test_an_interrupted_workdir_goes_on(number, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(FORMATS / number / "interrupted", work)
+    before = {p: p.read_bytes() for p in work.rglob("level_00/*.safetensors")}
+    steps = []
+
+    class Said:
+        """Shows nothing, and keeps what is said."""
+
+        def __init__(self, plan):
+            self.say = steps.append
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+    rows = experiments.imp(experiments.read_spec(work), work, datasets.load("digits"), Said)
+    assert any("level 1 ticket: goes on at step 80 of 120" in text for text in steps)
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+    whole = read_csv(FORMATS / number / "whole" / "metrics.csv")
+    found = read_csv(work / LEVEL / "metrics.csv")
+    assert [r["step"] for r in found] == [r["step"] for r in whole] == [20, 40, 80, 120]
+    for row, wanted in zip(found, whole, strict=True):
+        for column in ("loss", "validation_loss", "test_loss"):
+            assert (row[column] is None) == (wanted[column] is None)
+            if row[column] is not None:
+                assert row[column] == pytest.approx(wanted[column], rel=1e-4)
+    recorded = read_summary(FORMATS / number / "whole")
+    assert [(r["arm"], r["level"]) for r in rows] == [(r["arm"], r["level"]) for r in recorded]
+
+
+def later(path, target):
+    """The same file, of the format after this version's, whole by its checksum."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = json.loads(file.metadata()["lth_tf"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["format_number"] = storage.FORMAT + 1
+    metadata.pop("sha256")
+    metadata["sha256"] = storage._checksum(arrays, metadata)
+    target.write_bytes(safetensors.numpy.save(arrays, {"lth_tf": json.dumps(metadata)}))
+
+
+REFUSED = f"has format {storage.FORMAT + 1}, .* knows those up to {storage.FORMAT}: a later version"
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [("ticket", load_ticket), ("trained", load_trained), ("checkpoint_000000080", None)],
+)
+def test_what_a_later_version_wrote_is_refused_and_left_alone(name, read, tmp_path):
+    source = FORMATS / OLDER[-1] / "interrupted" / LEVEL
+    source = source if name != "trained" else source.with_name("level_00")
+    path = tmp_path / f"{name}.safetensors"
+    later(source / path.name, path)
+    with pytest.raises(UserError, match=REFUSED):
+        read(path) if read else checkpoints.latest(tmp_path, pytest.fail)
+    assert path.exists()
+
+
+def test_a_later_spec_is_refused(tmp_path):
+    experiments.write_spec(tmp_path, Spec())
+    assert experiments.read_spec(tmp_path) == Spec()
+    text = (tmp_path / "spec.json").read_text()
+    assert json.loads(text) == {**Spec().as_dict(), "format_number": storage.FORMAT}
+    newer = text.replace(f'"format_number": {storage.FORMAT}', '"format_number": 99')
+    (tmp_path / "spec.json").write_text(newer)
+    with pytest.raises(UserError, match="has format 99, .* a later version"):
+        experiments.read_spec(tmp_path)
+
+
+def test_a_checkpoint_of_now_has_the_mask(tmp_path):
+    work = FORMATS / OLDER[-1] / "interrupted"
+    spec, ticket = experiments.read_spec(work), load_ticket(work / LEVEL / "ticket.safetensors")
+    states = []
+    trainer = Trainer(spec, datasets.load("digits"))
+    trainer.train(ticket.weights, ticket.mask, 20, 60, keep=states.append)
+    checkpoints.save(tmp_path, states[0])
+    found = checkpoints.latest(tmp_path, pytest.fail)
+    assert found.step == 40 and found.mask.keys() == ticket.mask.keys()
+    assert all((found.mask[n] == m).all() for n, m in ticket.mask.items())
+    assert pruning.get_mask(trainer.model).keys() == found.mask.keys()
