@@ -3,13 +3,14 @@
 import ast
 import configparser
 import dataclasses
-import importlib.util
 import pathlib
 import re
 import shlex
 
 import numpy as np
 import pytest
+import recorded
+import tables
 
 import lth_tf.flags
 from lth_tf import datasets, experiments
@@ -25,10 +26,6 @@ PAGES = {
 }
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
-
-_spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")
-tables = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tables)
 
 
 def test_readme_is_short():
@@ -123,7 +120,7 @@ def test_every_table_is_shown_once():
 
 def test_sentences_say_what_was_measured():
     assert not tables.missing()
-    assert all(tables.claims().values()) and len(tables.facts()["docs/measured.md"]) > 10
+    assert all(recorded.claims().values()) and len(recorded.facts()["docs/measured.md"]) > 10
 
 
 def test_the_core_is_read_in_an_hour():

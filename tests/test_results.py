@@ -3,9 +3,9 @@
 import csv
 import gzip
 import hashlib
-import importlib.util
 import pathlib
 
+import metrics
 import pytest
 
 from lth_tf import experiments
@@ -16,10 +16,6 @@ RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 RUNS = sorted(path.parent.name for path in RESULTS.glob("*/summary.csv"))
 # sha256 of the lines that sha256sum printed of all metrics.csv, before they were packed.
 SINGLE_FILES = "10ec0a85db4c60d3b9cdc465bc01abaf70f8cbd75c971f791ccf7b21a2bec1a2"
-
-_spec = importlib.util.spec_from_file_location("results_metrics", RESULTS / "metrics.py")
-metrics = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(metrics)
 
 
 def sha256(content):
