@@ -76,6 +76,14 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
     All metadata go under one key as JSON with sorted keys: safetensors would write
     several keys in random order. They include a sha256 of the arrays and the rest.
+
+    Args:
+      path: the file.
+      tensors: name -> array.
+      metadata: what else it is to say.
+
+    Raises:
+      UserError: see `write`.
     """
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     text = json.dumps({**metadata, "sha256": _checksum(arrays, metadata)}, sort_keys=True)
