@@ -32,6 +32,15 @@ def test_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) < 200
 
 
+def test_readme_shows_lines_of_the_whole_output():
+    def shown(page):
+        listing = max(INDENTED.findall(PAGES[page]), key=lambda text: text.count("│"))
+        return [line.strip() for line in listing.splitlines()]
+
+    short, whole = shown("README.md"), shown("docs/guide.md")
+    assert len(short) > 20 and set(short) <= set(whole) and len(short) < len(whole)
+
+
 # --- Links ---
 
 
