@@ -170,7 +170,7 @@ def given(home, monkeypatch):
     digits = datasets.load("digits")
     chosen = np.concatenate([np.flatnonzero(digits.train_labels == c)[:10] for c in range(10)])
     x, y = (digits.train_images[chosen] / 255).astype(np.float32), digits.train_labels[chosen]
-    return {"model": model, "x": x, "y": y, "labels": y, "batches": [(x, y)]}
+    return {"model": model, "x": x, "y": y, "batches": [(x, y)]}
 
 
 # Blocks of the worked scorer that build on the file before them.
