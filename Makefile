@@ -11,13 +11,14 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint tables wheel clean
 
 help:
 	@echo 'make demo    find winning tickets of a small network on the digits set'
 	@echo '             (WORKDIR=$(WORKDIR))'
 	@echo 'make test    run the tests, JOBS=$(JOBS) at a time (PYTEST_ARGS="-k masks -x")'
 	@echo 'make lint    run ruff and mypy'
+	@echo 'make tables  print the tables of the docs; TABLES_ARGS=--write puts them in'
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make clean   remove what builds and checks left behind; keeps $(VENV)/ and runs/'
 	@echo
@@ -32,6 +33,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+tables: $(STAMP)
+	@$(BIN)/python docs/tables.py $(TABLES_ARGS)
 
 # setuptools would pack what an earlier build left in build/.
 wheel: $(STAMP)

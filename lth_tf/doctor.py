@@ -66,7 +66,12 @@ class Finding:
 
 
 def report(workdir: str, dataset: str | None, data_dir: str | None, as_json: bool) -> int:
-    """Prints what `examine` returns, to which the arguments go; returns 1 if there is a problem."""
+    """Prints what `examine` returns; returns 1 if there is a problem.
+
+    Args:
+      workdir, dataset, data_dir: see `examine`.
+      as_json: print one JSON object.
+    """
     found = examine(workdir, dataset, data_dir)
     if as_json:
         print(json.dumps(found))
@@ -120,7 +125,13 @@ def examine(workdir: str, dataset: str | None, data_dir: str | None) -> dict[str
 
 
 def attempt(name: str, look: Callable[[], Any], findings: list[Finding]) -> Any:
-    """Returns what `look` returns; or None, if it fails, which is then added to the findings."""
+    """Returns what `look` returns; or None, if it fails, which is then a finding.
+
+    Args:
+      name: of what is looked at.
+      look: called with nothing.
+      findings: what a failure is added to.
+    """
     try:
         return look()
     except ImportError as error:
@@ -273,7 +284,14 @@ def packages() -> list[Finding]:
 
 
 def broken(name: str, wanted: str, have: str | None, error: Exception) -> Finding:
-    """Returns the finding for a package that cannot be imported."""
+    """Returns the finding for a package that cannot be imported.
+
+    Args:
+      name: of the distribution.
+      wanted: the versions that lth_tf needs, '>=2.21'.
+      have: the version that is installed, if any.
+      error: what importing it raised.
+    """
     if have is None:
         return Finding(name, "problem", "not installed", pip(name + wanted))
     first = (str(error).strip().splitlines() or [""])[0]

@@ -1,4 +1,9 @@
-"""Numbers over time: the density of each level, the learning rate of each step."""
+"""Numbers over time: the density of each level, the learning rate of each step.
+
+A learning-rate schedule is a function (steps, total, *, drops, factor) -> factors of the peak
+rate, float[n]: `steps` are numbers of steps, int[n], out of `total`; `drops` are those at which the
+rate falls to `factor` of what it was, in schedules that drop.
+"""
 
 from __future__ import annotations
 
@@ -171,6 +176,13 @@ def learning_rates(
 
     During the first `warmup` steps it rises linearly, from base / warmup at step 0
     to the full rate (as Frankle and Carbin 2019, section 4, warm up).
+
+    Args:
+      name: a key of LR_SCHEDULES.
+      base: the peak rate.
+      total: the number of steps.
+      drops, factor: for schedules that drop; see the module.
+      warmup: the number of steps until the full rate.
 
     >>> learning_rates("steps", 1.0, 5, drops=[3], warmup=2)
     array([0.5, 1. , 1. , 0.1, 0.1])

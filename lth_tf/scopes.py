@@ -11,11 +11,12 @@ N is the number of prunable weights; round takes halves up. Equal scores are bro
 position, the earlier entry (in kernel order, row-major) wins, so that the number of kept
 weights is exact whatever the scores are.
 
-`density` is one number for all kernels or a dict kernel name -> number, where 1.0 protects
-a kernel: it is kept whole and takes no part in the rest. With `within` only weights that
-this mask keeps can be kept, so the new mask is nested in it; densities are always
-fractions of whole kernels, not of what `within` keeps. Pruning in rounds, each within the
-mask of the last, never runs out of weights while densities fall.
+`scores` are arrays by kernel name, higher = keep. `density` is one number for all kernels or
+a dict kernel name -> number, where 1.0 protects a kernel: it is kept whole and takes no part
+in the rest. With `within` only weights that this mask keeps can be kept, so the new mask is
+nested in it; densities are always fractions of whole kernels, not of what `within` keeps.
+Pruning in rounds, each within the mask of the last, never runs out of weights while densities
+fall.
 
 `min_per_layer` says what may happen to a kernel whose scores are low. None: a kernel left
 empty is an error. 0: it may be left empty. m: it keeps at least its m highest scores, or

@@ -101,7 +101,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Args:
       path: the file.
       tensors: name -> array.
-      metadata: JSON-ready; FORMAT is added.
+      metadata: what else it is to say, JSON-ready; FORMAT is added.
+
+    Raises:
+      UserError: see `write`.
     """
     metadata = {**metadata, "format_number": FORMAT}
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}

@@ -105,7 +105,16 @@ def load_ticket(path: str | os.PathLike) -> Ticket:
 
 
 def save_trained(path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket) -> None:
-    """Writes the weights that a ticket's training ended with."""
+    """Writes the weights that a ticket's training ended with.
+
+    Args:
+      path: the file.
+      weights: path in the model -> array.
+      ticket: whose they are.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     storage.write_tensors(
         path,
         weights,

@@ -35,7 +35,13 @@ class Comparison:
     densities: list[float]
 
     def at(self, method: str, arm: str, density: float) -> Point | None:
-        """Returns the method's point of that arm at (nearly) that density."""
+        """Returns the method's point of that arm at (nearly) that density, or None.
+
+        Args:
+          method: a key of `methods`.
+          arm: 'ticket', or a branch.
+          density: 0 to 1.
+        """
         for point in self.methods[method]:
             if point.arm == arm and _near(point.density, density):
                 return point

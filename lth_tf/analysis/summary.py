@@ -42,7 +42,14 @@ def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def summary_row(
     arm: str, replicate: int, level: int, density: float, rows: Sequence[Mapping[str, Any]]
 ) -> Row:
-    """Returns the summary of one training; see COLUMNS. Density and accuracies are fractions."""
+    """Returns the summary of one training; see COLUMNS. Density and accuracies are fractions.
+
+    Args:
+      arm: 'ticket', or the branch that was trained.
+      replicate, level: which training.
+      density: of its mask, 0 to 1.
+      rows: its evaluations, in their order; see `Trained`.
+    """
     best, last = early_stop(rows), rows[-1]
     return {
         "arm": arm,
@@ -59,7 +66,13 @@ def summary_row(
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as CSV, floats with all their digits, None as nothing."""
+    """Writes rows as CSV, floats with all their digits, None as nothing.
+
+    Args:
+      path: the file.
+      columns: names, in their order.
+      rows: name -> value, of every column.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -65,8 +65,9 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
 def wins_early(dense: Any, ticket: Any, reinit: Any) -> Any:
     """At early stop: at least dense - 0.5 pp, at most dense's steps, reinit lower by > 0.5 pp.
 
-    Each argument is (early-stop step, accuracy at it, accuracy at the end), scalars or
-    arrays over replicates.
+    Args:
+      dense, ticket, reinit: each (early-stop step, accuracy at it, accuracy at the end), scalars
+        or arrays over replicates.
     """
     return (
         (_lead(ticket[1], dense[1]) >= -MARGIN)
@@ -76,7 +77,11 @@ def wins_early(dense: Any, ticket: Any, reinit: Any) -> Any:
 
 
 def wins_end(dense: Any, ticket: Any, reinit: Any) -> Any:
-    """At the end: ticket at least dense - 0.5 pp, reinit below dense - 0.5 pp."""
+    """At the end: ticket at least dense - 0.5 pp, reinit below dense - 0.5 pp.
+
+    Args:
+      dense, ticket, reinit: see `wins_early`.
+    """
     return (_lead(ticket[2], dense[2]) >= -MARGIN) & (_lead(dense[2], reinit[2]) > MARGIN)
 
 

@@ -175,6 +175,12 @@ def evaluation(
     Worker w of W has the w-th part of the n records, and as many blocks as all others,
     ceil(n / batch).
 
+    Args:
+      dataset: the shape of its images.
+      shards: n records.
+      batch: examples per block, of all workers.
+      place: (w, W).
+
     Returns:
       A tf.data.Dataset of uint8 [batch / W, h, w, c], int32 [batch / W], filled up with black
       images of label -1.
@@ -199,6 +205,12 @@ def walk(
     """Yields the records in the order of an epoch 0 of one lane, each once, the middle of images.
 
     Neither `batch` nor the number of workers changes that order.
+
+    Args:
+      dataset: the shape of its images.
+      shards: the records.
+      batch: how many are yielded at a time.
+      seed: of the order.
 
     Yields:
       uint8 [b, h, w, c], int32 [b]; b is `batch`, in the end what is left.
@@ -252,6 +264,11 @@ def lane(
 
     The shards are permuted and laid end to end; the lane is the `number`-th run of that. The
     last n mod count records are in no lane, others in each epoch.
+
+    Args:
+      shards: n records.
+      seed, epoch: of which order.
+      number, count: which of how many lanes, 0 to count - 1.
 
     Returns:
       The columns of shards and parts of shards: string [m], int64 [m], int64 [m].

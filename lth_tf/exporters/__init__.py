@@ -94,7 +94,13 @@ def network(ticket: Ticket, weights: Mapping[str, np.ndarray]) -> Any:
 
 
 def describe(ticket: Ticket, weights: Mapping[str, np.ndarray], what: str) -> str:
-    """Returns JSON that says what was exported; equal exports give equal text."""
+    """Returns JSON that says what was exported; equal exports give equal text.
+
+    Args:
+      ticket: level, density, origin and spec.
+      weights: path -> array, those that were exported.
+      what: 'ticket' or 'trained'.
+    """
     about = {
         "weights": what,
         "weights_sha256": storage.digest(weights),

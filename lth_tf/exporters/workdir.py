@@ -91,7 +91,13 @@ def sizes(path: Path) -> tuple[int, int]:
 
 
 def weighed(target: Path, ticket: Ticket, workdir: str | os.PathLike) -> str:
-    """Returns where an export is, its density, and its bytes beside the dense weights'."""
+    """Returns where an export is, its density, and its bytes beside the dense weights'.
+
+    Args:
+      target: the exported folder.
+      ticket: what was exported.
+      workdir: of the experiment, where the dense weights may be.
+    """
     dense = Path(workdir, f"replicate_{ticket.origin['replicate']:02d}", "level_00")
     lines = [f"{target}", f"density {ticket.density:.4f}"]
     for what, path in (("export", target), ("dense weights", dense / "trained.safetensors")):

@@ -2,6 +2,10 @@
 
 Models end in logits. Their weights are a function of (seed, init) alone: each layer
 draws from a seed of its own, so that equal seeds give equal weights in every process.
+
+A builder's arguments are `input_shape`, of one input without the batch; `classes`, the number of
+logits; `seed`; and by name `init`, a key of INITS. Some also have `width`, a factor on their
+channels, or `shortcut`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,12 @@ Weights = dict[str, np.ndarray]
 def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
     """Returns the network that a spec describes, with weights drawn from `seed`.
 
+    Args:
+      spec: model, init, width, shortcut, sync_batch_norm.
+      input_shape: of one input, without the batch.
+      classes: the number of logits.
+      seed: any integer.
+
     Raises:
       UserError: the spec changes an option (width, shortcut) that the network lacks.
     """
@@ -63,7 +73,11 @@ def policy(precision: str) -> Iterator[None]:
 
 
 def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:
-    """Returns the spec's network without masks, in float64 or else float32."""
+    """Returns the spec's network without masks, in float64 or else float32.
+
+    Args:
+      spec, input_shape, classes, seed: see `build`.
+    """
     with policy("float64" if spec.precision == "float64" else "float32"):
         return build(spec, input_shape, classes, seed)
 
@@ -71,7 +85,11 @@ def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: in
 def initial_weights(
     spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int
 ) -> tuple[Weights, list[str]]:
-    """Returns the weights that the model starts from under `seed`, and its kernels' names."""
+    """Returns the weights that the model starts from under `seed`, and its kernels' names.
+
+    Args:
+      spec, input_shape, classes, seed: see `build`.
+    """
     model = plain_model(spec, input_shape, classes, seed)
     values = {name: v.numpy() for name, v in pruning.weights(model).items()}
     return values, list(pruning.kernels(model))

@@ -114,7 +114,13 @@ class StatelessDropout(keras.layers.Layer):
 
 
 def require_images(model: str, input_shape: tuple[int, ...], smallest: int = 1) -> None:
-    """Raises UserError unless the inputs are images with sides of at least `smallest` pixels."""
+    """Raises UserError unless the inputs are images with sides of at least `smallest` pixels.
+
+    Args:
+      model: its name, for the message.
+      input_shape: of one input, without the batch.
+      smallest: the shortest side that it can take.
+    """
     if len(input_shape) != 3 or min(input_shape[:2]) < smallest:
         raise UserError(
             f"model {model!r} needs images [height, width, channels] of at least "

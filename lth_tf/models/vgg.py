@@ -83,8 +83,12 @@ def imagenet_vgg16(
     Configuration D of Simonyan and Zisserman 2015, table 1, with dropout of 0.5 after both
     hidden dense layers. As in torchvision's vgg16_bn, of which it has the 138,365,992
     parameters (224x224 images, 1000 classes), the convolutions have biases, which batch
-    normalisation makes superfluous. `width` scales the dense layers, too. For images of
-    32x32 or more, whose size decides that of the first dense layer.
+    normalisation makes superfluous.
+
+    Args:
+      input_shape: 32x32 or more; it decides the size of the first dense layer.
+      classes, seed, init: see `MODELS`.
+      width: factor on the channels, and on the dense layers, too.
     """
     inits = initialisers(init, seed)
     layers = [

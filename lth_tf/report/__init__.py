@@ -23,6 +23,12 @@ def finish(
 
     No sentence where weights are not rewound: such networks go on from trained weights,
     and their steps cannot be compared with those of the dense one.
+
+    Args:
+      console: where to print.
+      rows: of its summary; none where nothing was trained.
+      workdir: its folder.
+      spec: the experiment.
     """
 
     def show(text: str) -> None:

@@ -35,6 +35,11 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
     Density falls from left to right on a logarithmic axis (Frankle and Carbin 2019,
     figures 1, 3 and 4).
+
+    Args:
+      rows: of a summary.
+      path: the file.
+      title: what stands above it.
     """
     found = points(rows)
     drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")

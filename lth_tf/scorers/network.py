@@ -149,7 +149,14 @@ class Network:
         batches: Iterable[Batch] | None,
         loss: Loss,
     ) -> dict[str, np.ndarray]:
-        """Returns the gradient of the mean loss over all examples; see `hessian_gradient`."""
+        """Returns the gradient of the mean loss over all examples.
+
+        Args:
+          kernels, batches, loss: see `hessian_gradient`.
+
+        Raises:
+          UserError: batches that do not fit the model, or a loss that is not finite.
+        """
         values, parts = self._values(kernels), _Parts(batches, summed=False)
         total = self._summed(self._gradient, values, parts, loss)
         return dict(zip(self.kernels, total, strict=True))
@@ -550,7 +557,12 @@ _PREPROCESSING = keras.layers.Normalization, keras.layers.Rescaling
 
 
 def passed_on(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-    """A layer's `call` that does nothing."""
+    """A layer's `call` that does nothing.
+
+    Args:
+      inputs: are returned.
+      training, mask: not looked at; Keras gives them.
+    """
     return inputs
 
 
