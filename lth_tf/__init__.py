@@ -11,6 +11,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 _HOMES = {
     "DATASETS": "datasets",
+    "Density": "callbacks",
     "MODELS": "models",
     "SCOPES": "scopes",
     "Rewind": "callbacks",

@@ -22,7 +22,7 @@ def trained(communication, density, **changes):
 def test_packed_sums_are_the_same_bits(changes):
     _, _, plain = trained("plain", 0.2, **changes)
     trainer, mask, packed = trained("packed", 0.2, **changes)
-    assert trainer.reduction.kept(mask) is not None
+    assert trainer.reduction.entries(mask) is not None
     assert same(plain.weights, packed.weights)
     columns = ("loss", "validation_loss", "test_loss")
     for a, b in zip(plain.rows, packed.rows, strict=True):
@@ -47,7 +47,7 @@ def test_bytes_are_those_of_what_is_kept(density):
     others = sum(w.size for name, w in weights.items() if name not in mask)
     least = 4 * (kept + others)
     assert least <= trainer.reduction.bytes(mask) <= 1.1 * least
-    one, two = trainer.strategy.experimental_local_results(trainer.reduction.kept(mask))
+    one, two = trainer.strategy.experimental_local_results(trainer.reduction.entries(mask))
     assert 4 * len(one) == trainer.reduction.bytes(mask) and np.array_equal(one, two)
 
 
@@ -57,7 +57,7 @@ def test_bytes_without_packing_are_all_and_of_one_replica_none():
     whole = 4 * (sum(w.size for w in weights.values()) + 1)
     assert Trainer(dataclasses.replace(s, **TWO), DIGITS).reduction.bytes(mask) == whole
     one = Trainer(dataclasses.replace(s, communication="packed"), DIGITS)
-    assert one.reduction.bytes(mask) == 0 and one.reduction.kept(mask) is None
+    assert one.reduction.bytes(mask) == 0 and one.reduction.entries(mask) is None
 
 
 @pytest.mark.parametrize(
