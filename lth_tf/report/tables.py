@@ -68,7 +68,7 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
 
 
 def sweep_table(rows: Iterable[Sequence[str]], saved: int) -> Table:
-    """Returns the runs of a sweep, see `sweep.plan_rows`, and how many trainings trunks save."""
+    """Returns the runs of a sweep, see `sweeps.plan_rows`, and how many trainings trunks save."""
     table = Table(caption=f"trunks save {saved} dense training(s)")
     for column in ("run", "what", "dense network", "shard", "status"):
         table.add_column(column, overflow="fold")
