@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lth_tf.distribute.strategies import (
         first_replica,
+        index_and_count,
         is_own,
         join,
         lost,
-        place_of,
         resolve,
         scored_on,
         scoring,
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lth_tf.distribute.workers import Workers, workers_of
 
 __all__ = [
-    "Workers", "first_replica", "is_own", "join", "lost", "place_of", "resolve", "scored_on",
+    "Workers", "first_replica", "index_and_count", "is_own", "join", "lost", "resolve", "scored_on",
     "scoring", "strategy_of", "workers_of",
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ def resolve(spec: Spec) -> Spec:
     kind, devices = spec.distribute, spec.devices
     if kind == "multi_worker":
         strategy = join(spec)
-        workers = place_of(strategy)[1]
+        workers = index_and_count(strategy)[1]
         return dataclasses.replace(
             spec, workers=workers, devices=strategy.num_replicas_in_sync // workers
         )
@@ -168,7 +168,7 @@ def lost() -> Iterator[None]:
         ) from error
 
 
-def place_of(strategy: Any) -> tuple[int, int]:
+def index_and_count(strategy: Any) -> tuple[int, int]:
     """Returns this process's number among the workers, the chief's is 0, and how many there are."""
     extended = strategy.extended
     return getattr(extended, "_id_in_cluster", 0), getattr(extended, "_num_workers", 1)
@@ -176,7 +176,7 @@ def place_of(strategy: Any) -> tuple[int, int]:
 
 def first_replica(strategy: Any) -> int:
     """Returns the number, among all replicas, of this process's first one."""
-    index, count = place_of(strategy)
+    index, count = index_and_count(strategy)
     return index * (strategy.num_replicas_in_sync // count)
 
 

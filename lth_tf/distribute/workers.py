@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from lth_tf.compat import tf
-from lth_tf.distribute.strategies import first_replica, lost, place_of
+from lth_tf.distribute.strategies import first_replica, index_and_count, lost
 from lth_tf.errors import UserError
 
 Arrays = Mapping[str, np.ndarray]
@@ -36,7 +36,7 @@ class Workers:
 
     def __init__(self, strategy: Any):
         self._strategy = strategy
-        self.index, self.count = place_of(strategy)
+        self.index, self.count = index_and_count(strategy)
         self.chief = self.index == 0
         self._add = tf.function(lambda values: strategy.run(_added, (values,)))
 
