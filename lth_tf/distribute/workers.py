@@ -30,7 +30,7 @@ class Workers:
       strategy: theirs.
 
     Attributes:
-      index, count: this process's number, the chief's is 0, and how many there are.
+      index, count: which of them this is, the chief is 0, and how many there are.
       chief: whether this is the one that reads and writes files.
     """
 

@@ -23,6 +23,15 @@ def finish(
 
     No sentence where weights are not rewound: such networks go on from trained weights,
     and their steps cannot be compared with those of the dense one.
+
+    Args:
+      console: what is printed to.
+      rows: of the summary; none after scoring only.
+      workdir: the experiment's, which figure.png is written to.
+      spec: the experiment.
+
+    Raises:
+      UserError: the figure cannot be written.
     """
 
     def show(text: str) -> None:

@@ -35,6 +35,14 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
     Density falls from left to right on a logarithmic axis (Frankle and Carbin 2019,
     figures 1, 3 and 4).
+
+    Args:
+      rows: of the summary.
+      path: the file.
+      title: what stands above.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     found = points(rows)
     drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")

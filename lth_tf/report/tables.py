@@ -26,7 +26,13 @@ ARMS = {
 
 
 def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[Any]:
-    """Yields the kernels with what becomes of them, then the work in one sentence."""
+    """Yields the kernels with what becomes of them, then the work in one sentence.
+
+    Args:
+      plan: what `experiments.plan` makes of the spec.
+      spec: the experiment.
+      score_only: whether tickets are only picked, and nothing is trained.
+    """
     table = Table(title=f"{spec.model} on {spec.dataset}: what can be pruned")
     removed = ["removed per level"] if plan.rates else []
     for column in ("kernel", "shape", "weights", *removed, "kept at the last level"):
