@@ -1,7 +1,8 @@
 """What this machine has, and for each known trouble whether it is there and its one fix.
 
 Any package may be missing or broken, so nothing but the standard library is imported
-here before a check asks for it, and a check that fails is itself a finding.
+here before a check asks for it, and a check that fails is itself a finding. It is one file,
+though a long one, because its checks are short and know nothing of each other.
 """
 
 from __future__ import annotations
@@ -66,11 +67,14 @@ class Finding:
 
 
 def report(workdir: str, dataset: str | None, data_dir: str | None, as_json: bool) -> int:
-    """Prints what `examine` returns; returns 1 if there is a problem.
+    """Prints what `examine` returns; returns the exit code, 1 if there is a problem.
 
     Args:
       workdir, dataset, data_dir: see `examine`.
-      as_json: print one JSON object.
+      as_json: print one JSON object instead of lines.
+
+    Raises:
+      UserError: no such data set.
     """
     found = examine(workdir, dataset, data_dir)
     if as_json:
@@ -125,12 +129,12 @@ def examine(workdir: str, dataset: str | None, data_dir: str | None) -> dict[str
 
 
 def attempt(name: str, look: Callable[[], Any], findings: list[Finding]) -> Any:
-    """Returns what `look` returns; or None, if it fails, which is then a finding.
+    """Returns what `look` returns; or None, if it fails, which is then added to the findings.
 
     Args:
-      name: of what is looked at.
-      look: called with nothing.
-      findings: what a failure is added to.
+      name: of the finding that it would be.
+      look: what is tried.
+      findings: grows by one if that fails.
     """
     try:
         return look()
@@ -288,8 +292,8 @@ def broken(name: str, wanted: str, have: str | None, error: Exception) -> Findin
 
     Args:
       name: of the distribution.
-      wanted: the versions that lth_tf needs, '>=2.21'.
-      have: the version that is installed, if any.
+      wanted: the versions that lth_tf needs, as '>=2.21'.
+      have: the installed version, if any.
       error: what importing it raised.
     """
     if have is None:
@@ -309,7 +313,7 @@ def lacking(error: Exception) -> str:
 
 
 def keras(legacy: str | None) -> list[Finding]:
-    """Keras 3 in the place of tf_keras: none of its models can be pruned.
+    """Keras 3 instead of tf_keras: none of its models can be pruned.
 
     Args:
       legacy: TF_USE_LEGACY_KERAS as it was before anything was imported.

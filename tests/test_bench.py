@@ -1,15 +1,21 @@
-"""What the benches of scale and of checkpoints report; lth-bench itself is in test_tools."""
+"""What the benches of scale and of checkpoints report, and how one is added to lth-bench."""
 
 import dataclasses
+import inspect
 import io
+import json
 
 import pytest
 import rich.console
+from rich.table import Table
+from test_tools import run as run_tool
 
 from lth_tf import datasets
-from lth_tf.bench import contenders as bench
+from lth_tf.bench import MEASUREMENTS, Measurement
+from lth_tf.bench.checkpoints import checkpoints, checkpoints_table
+from lth_tf.bench.loops import train
+from lth_tf.bench.replicas import scale, scale_table
 from lth_tf.errors import UserError
-from lth_tf.report.tables import bench_table
 from lth_tf.spec import Spec
 
 
@@ -19,19 +25,48 @@ def test_bench_of_scale_and_of_checkpoints():
         eval_every=20, compile="off",
     )  # fmt: skip
     data = datasets.load("digits")
-    result = bench.scale(two, data, 20, 1)
+    result = scale(two, data, 20, 1)
     ways = "1", "2 plain", "2 packed"
     names = [f"{way}, density {d:g}" for d in (1, 0.2, 0.05) for way in ways]
     assert list(result["steps_per_second"]) == list(result["bytes_per_step"]) == names
     plain = 4 * (64 * 20 + 20 * 10 + 100 + 20 + 10 + 10 + 1)
     assert all(n == plain for name, n in result["bytes_per_step"].items() if "plain" in name)
     assert 1 <= min(result["payload"].values()) <= max(result["payload"].values()) <= 1.1
-    kept = bench.checkpoints(two, data, 45, 2)
-    assert kept["checkpoints"] == 4 and 0 < kept["share"] < 1 and kept["megabytes"] > 0.01
-    for table in (result, kept):
-        rich.console.Console(file=io.StringIO()).print(bench_table(table))
+    saved = checkpoints(two, data, 45, 2)
+    assert saved["checkpoints"] == 4 and 0 < saved["share"] < 1 and saved["megabytes"] > 0.01
+    for table in (scale_table(result), checkpoints_table(saved)):
+        rich.console.Console(file=io.StringIO()).print(table)
     with pytest.raises(UserError, match="no checkpoint within 5 steps"):
-        bench.checkpoints(two, data, 5, 1)
-    for measure in (bench.train, bench.scale):
+        checkpoints(two, data, 5, 1)
+    for measure in (train, scale):
         with pytest.raises(UserError, match="leave --distribute and --devices out"):
             measure(dataclasses.replace(two, distribute="mirrored"), data, 1, 1)
+
+
+def test_a_measurement_is_one_entry(monkeypatch, capsys):
+    """lth-bench offers it, gives it what its parameters name, and shows it by its own table."""
+
+    def measured(dataset, spec, rounds):
+        seen.append(spec)
+        return {"classes": dataset.classes, "rounds": rounds}
+
+    def table(result):
+        return Table(f"{result['classes']} classes, {result['rounds']} times")
+
+    seen = []
+    entry = Measurement(measured, table, recipe="one_shot", before=seen.append)
+    monkeypatch.setitem(MEASUREMENTS, "classes", entry)
+    words = ["classes", "--dataset=digits", "--rounds=3", "--density=0.125"]
+    code, out, err = run_tool(monkeypatch, capsys, *words, name="bench")
+    assert code == 0 and "10 classes, 3 times" in out, err
+    assert seen[0] == seen[1] and (seen[0].recipe, seen[0].density) == ("one_shot", (0.125,))
+    code, out, _ = run_tool(monkeypatch, capsys, *words, "--json", name="bench")
+    assert code == 0 and json.loads(out) == {"classes": 10, "rounds": 3}
+    code, _, err = run_tool(monkeypatch, capsys, "klasses", name="bench")
+    assert code == 1 and f"there are: {', '.join(MEASUREMENTS)}" in err
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_measurement_asks_for_what_there_is_to_give(name):
+    asked = set(inspect.signature(MEASUREMENTS[name].run).parameters)
+    assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds"}

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from lth_tf.distribute.cluster import Cluster, meet, resolve
+from lth_tf.distribute.cluster import Cluster, resolve
 from lth_tf.distribute.launch import free_ports
+from lth_tf.distribute.meeting import meet
 from lth_tf.errors import UserError
 
 
@@ -85,8 +86,8 @@ def test_slurm_with_one_task_per_node_and_several(monkeypatch):
     assert resolve(slurm("n10", 0, rank=1)) == Cluster(there, 0)
     many = {"nodes": "gpu-[01-02]", "tasks": "2,1", "count": "3"}
     there = ("gpu-01:4000", "gpu-01:4001", "gpu-02:4000")
-    places = [("gpu-01", 0, 0), ("gpu-02", 0, 1), ("gpu-01", 1, 2)]  # dealt out in turn
-    found = [resolve({**slurm(*place, **many), "LTH_TF_PORT": "4000"}) for place in places]
+    tasks = [("gpu-01", 0, 0), ("gpu-02", 0, 1), ("gpu-01", 1, 2)]  # dealt out in turn
+    found = [resolve({**slurm(*task, **many), "LTH_TF_PORT": "4000"}) for task in tasks]
     assert found == [Cluster(there, 0), Cluster(there, 2), Cluster(there, 1)]
     assert os.environ["SLURM_PROCID"] == "before" and "SLURM_STEP_NODELIST" not in os.environ
 
@@ -137,7 +138,8 @@ def test_a_wrong_kubernetes_job_is_one_clear_sentence(change, said):
 
 WORKER = """
 import json, socket, sys
-from lth_tf.distribute.cluster import Cluster, meet
+from lth_tf.distribute.cluster import Cluster
+from lth_tf.distribute.meeting import meet
 from lth_tf.errors import UserError
 print("started", flush=True)
 workers, index, statement, timeout, problem = json.loads(sys.argv[1])
@@ -230,7 +232,7 @@ def test_two_processes_with_one_index_on_two_machines(monkeypatch):
     there = addresses(3)
     first = [start(there, index) for index in (0, 1)]
     elsewhere = addresses(1)[0]
-    monkeypatch.setattr("lth_tf.distribute.cluster._listen", lambda _: listen(elsewhere))
+    monkeypatch.setattr("lth_tf.distribute.meeting._listen", lambda _: listen(elsewhere))
     with pytest.raises(UserError) as caught:
         meet(Cluster(tuple(there), 1), {}, 20)
     said = "two processes, on 127.0.0.1 and 127.0.0.1, both say that they are worker 1, at "
@@ -243,7 +245,7 @@ def test_two_chiefs_on_two_machines(monkeypatch):
     there = addresses(2)
     first = start(there, 0)
     elsewhere = addresses(1)[0]
-    monkeypatch.setattr("lth_tf.distribute.cluster._listen", lambda _: listen(elsewhere))
+    monkeypatch.setattr("lth_tf.distribute.meeting._listen", lambda _: listen(elsewhere))
     with pytest.raises(UserError, match="both say that they are worker 0"):
         meet(Cluster(tuple(there), 0), {}, 20)
     assert "both say that they are worker 0" in ends(first)[0]
@@ -334,10 +336,10 @@ def test_a_chief_is_not_disturbed_by_strangers():
         json.dumps({**claim, "index": 9}).encode() + b"\n",
         json.dumps({**claim, "index": "1"}).encode() + b"\n",
     ]  # fmt: skip
-    kept = []
+    strangers = []
     for _ in range(100):
         try:
-            kept.append(socket.create_connection((host, int(port)), 5))
+            strangers.append(socket.create_connection((host, int(port)), 5))
             break
         except ConnectionRefusedError:
             time.sleep(0.1)
@@ -347,22 +349,22 @@ def test_a_chief_is_not_disturbed_by_strangers():
             connection.sendall(content)
         except OSError:
             assert len(content) > 1 << 20  # was cut off
-        kept.append(connection)
-    kept.pop().close()
+        strangers.append(connection)
+    strangers.pop().close()
     gone = start(there, 1)
     time.sleep(0.5)
-    gone.kill()  # after its claim; another one takes its place
+    gone.kill()  # after its claim; another one takes its index
     gone.communicate()
     assert everywhere(chief, start(there, 1), start(there, 2)) == "met"
-    for connection in kept:
+    for connection in strangers:
         connection.close()
 
 
 TRAINING = """
-import lth_tf.cluster
+from lth_tf.distribute import cluster, meeting
 import tensorflow as tf
-here = lth_tf.distribute.cluster.resolve()
-lth_tf.distribute.cluster.meet(here, {"seed": 1}, 60)
+here = cluster.resolve()
+meeting.meet(here, {"seed": 1}, 60)
 resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
     tf.train.ClusterSpec({"worker": list(here.workers)}), task_type="worker", task_id=here.index,
     rpc_layer="grpc")

@@ -389,7 +389,7 @@ def test_what_keeps_a_worker_from_taking_part_is_told_to_all(monkeypatch, change
         assert here.index == 1 and timeout == 120 and statement["batch_size"]
         raise UserError(f"worker 1: {problem}")
 
-    monkeypatch.setattr(distribute.cluster, "meet", meet)
+    monkeypatch.setattr("lth_tf.distribute.meeting.meet", meet)
     with pytest.raises(UserError, match=f"worker 1: {words}"):
         distribute.join(spec(distribute="multi_worker", **changes))
 

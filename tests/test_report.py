@@ -12,11 +12,13 @@ import rich.console
 from lth_tf import masks, report
 from lth_tf.analysis import Point, Winning
 from lth_tf.analysis.comparison import Comparison
+from lth_tf.bench.loops import train_table
+from lth_tf.bench.scores import score_table
 from lth_tf.experiments import plan
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.report.comparison import comparison_figure, comparison_table
 from lth_tf.report.figure import COLOURS
-from lth_tf.report.tables import ARMS, bench_table
+from lth_tf.report.tables import ARMS
 from lth_tf.scopes import SCOPES
 from lth_tf.spec import Spec
 
@@ -270,7 +272,7 @@ def test_bench_tables_show_what_was_measured():
     console = rich.console.Console(width=100, file=io.StringIO())
     names = ["nothing", "gradient", "grasp"]
     console.print(
-        bench_table(
+        score_table(
             {
                 "model": "vgg19", "samples": 100,
                 "seconds_by_name": {"gradient": 2.0, "grasp": 7.0},
@@ -281,7 +283,7 @@ def test_bench_tables_show_what_was_measured():
         )
     )  # fmt: skip
     console.print(
-        bench_table(
+        train_table(
             {
                 "model": "conv4", "dataset": "cifar10", "ratio_fit": 1.25,
                 "steps_per_second": {"lth_tf": 7.25, "fit": 1234.0},

@@ -19,7 +19,6 @@ from lth_tf.datasets import Dataset, crops, stream
 from lth_tf.datasets.stream import Shard, Streamed
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
-from lth_tf.report.tables import bench_table
 from lth_tf.spec import Spec
 from lth_tf.training import Trainer, feeds, initial_weights
 from lth_tf.training.feeds import Streaming
@@ -559,7 +558,7 @@ def test_bench_compares_input_and_training(toy):
     assert found["memory_mb"]["lowest"] <= found["memory_mb"]["highest"]
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(bench_table(found))
+        console.print(bench_stream.stream_table(found))
     for word in ("input_resized_crop", "training_streamed", "memory"):
         assert word in shown.get(), word
     with pytest.raises(UserError, match="has 5 steps of batch_size 12; more than 5 are needed"):

@@ -13,13 +13,14 @@ import time
 import pytest
 from test_tools import run as run_tool
 
-from lth_tf import datasets, distribute, experiments, flags, storage
+from lth_tf import datasets, distribute, experiments, flags, storage, sweeps
 from lth_tf.analysis.summary import read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import trunk
 from lth_tf.spec import Spec, fields_of
-from lth_tf.sweeps import processes as sweep
-from lth_tf.sweeps.processes import gpu_share, gpus, shard_of, words_of
+from lth_tf.sweeps import processes, runs
+from lth_tf.sweeps.grid import shard_of, words_of
+from lth_tf.sweeps.processes import gpu_share, gpus
 from lth_tf.tickets import load_ticket
 
 DIGITS = datasets.load("digits")
@@ -200,7 +201,7 @@ def test_a_trunks_flags_say_all_of_it():
 
 
 def names(*axes, passed=()):
-    return [run.name for run in sweep.grid(*axes, passed).runs]
+    return [run.name for run in sweeps.grid(*axes, passed).runs]
 
 
 def test_names_have_the_axes_that_are_given():
@@ -215,17 +216,17 @@ def test_names_have_the_axes_that_are_given():
 def test_a_presets_flags_decide_its_recipe(tmp_path):
     file = tmp_path / "mine.flags"
     file.write_text("--dataset=digits\n--compression=20\n")
-    grid = sweep.grid(
+    grid = sweeps.grid(
         ["fashion_lenet5_imp", "fashion_lenet5_oneshot", str(file)], ["4"], None, None
     )
     assert [run.tool for run in grid.runs] == ["lth-imp", "lth-oneshot", "lth-oneshot"]
     assert [run.preset for run in grid.runs][2] == "mine" and grid.runs[2].name == "mine-seed4"
     assert grid.runs[2].spec.density == (0.05,) and grid.runs[2].spec.scope == "global"
-    imp, picked = sweep.grid(
+    imp, picked = sweeps.grid(
         ["fashion_lenet5_imp", "fashion_lenet5_oneshot"], None, ["0.1"], None
     ).runs
     assert (imp.spec.target_density, picked.spec.density) == (0.1, (0.1,))
-    (run,) = sweep.grid(None, None, None, ["synflow"], WORDS).runs
+    (run,) = sweeps.grid(None, None, None, ["synflow"], WORDS).runs
     assert run.spec == Spec(recipe="one_shot", scope="global", scorer="synflow", **NETWORK)
 
 
@@ -254,19 +255,19 @@ def test_a_mistake_dies_at_once_with_the_runs_name(tmp_path, axes, passed, messa
     if axes[0] == ["{file}"]:
         axes = ([str(tmp_path / "a.flags")], *axes[1:])
     with pytest.raises(UserError, match=message):
-        sweep.grid(*axes, passed)
+        sweeps.grid(*axes, passed)
 
 
 def test_two_runs_or_more_share_a_trunk():
-    grid = sweep.grid(None, ["0", "1"], ["0.5", "0.2"], None, [*WORDS, "--replicates=3"])
+    grid = sweeps.grid(None, ["0", "1"], ["0.5", "0.2"], None, [*WORDS, "--replicates=3"])
     assert len(grid.trunks) == 2 and grid.saved == 6
     of = {run.name: run.trunk for run in grid.runs}
     assert of["density0.5-seed0"] == of["density0.2-seed0"] != of["density0.5-seed1"]
     assert {each.spec.replicates for each in grid.trunks.values()} == {3}
-    assert not sweep.grid(None, ["0", "1"], None, None, WORDS).trunks
+    assert not sweeps.grid(None, ["0", "1"], None, None, WORDS).trunks
     picked = [*WORDS, "--samples_per_class=3"]
-    assert not sweep.grid(None, None, None, ["snip", "random"], picked).trunks
-    grid = sweep.grid(None, None, None, ["snip", "random"], [*picked, "--dense"])
+    assert not sweeps.grid(None, None, None, ["snip", "random"], picked).trunks
+    grid = sweeps.grid(None, None, None, ["snip", "random"], [*picked, "--dense"])
     assert len(grid.trunks) == 1 and all(run.trunk in grid.trunks for run in grid.runs)
 
 
@@ -311,7 +312,7 @@ def test_gpus_are_shared_out_in_equal_parts():
 @pytest.fixture
 def run_sweep(tmp_path, monkeypatch):
     """Runs a grid whose processes are Python scripts; returns the exit code and what was said."""
-    monkeypatch.setattr(sweep, "POLL", 0.02)
+    monkeypatch.setattr(processes, "POLL", 0.02)
 
     def run(grid, script="", **options):
         def command(run, workdir, data_dir):
@@ -320,7 +321,7 @@ def run_sweep(tmp_path, monkeypatch):
             return [sys.executable, "-S", "-c", code + script, run.name, str(workdir / run.folder)]
 
         said = []
-        code = sweep.sweep(grid, tmp_path / "work", command=command, say=said.append, **options)
+        code = sweeps.sweep(grid, tmp_path / "work", command=command, say=said.append, **options)
         started = [each[1] for each in said if isinstance(each, list)]
         return code, "\n".join(each for each in said if isinstance(each, str)), started
 
@@ -334,7 +335,7 @@ def states(work):
 
 def apart(count):
     """A grid of runs that share nothing."""
-    return sweep.grid(None, [str(seed) for seed in range(count)], None, None, WORDS)
+    return sweeps.grid(None, [str(seed) for seed in range(count)], None, None, WORDS)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -392,7 +393,7 @@ def test_shards_do_each_their_part(run_sweep):
 
 
 def shared_by(*densities):
-    return sweep.grid(None, None, densities, None, WORDS)
+    return sweeps.grid(None, None, densities, None, WORDS)
 
 
 def test_a_trunk_comes_first_and_once(run_sweep):
@@ -409,7 +410,7 @@ def test_a_trunk_comes_first_and_once(run_sweep):
 
 
 def test_a_trunk_with_more_replicates_is_done_again(run_sweep):
-    more = sweep.grid(None, None, ["0.4", "0.3"], None, [*WORDS, "--replicates=2"])
+    more = sweeps.grid(None, None, ["0.4", "0.3"], None, [*WORDS, "--replicates=2"])
     assert len(run_sweep(shared_by("0.5", "0.2"))[2]) == 3
     assert next(iter(more.trunks)) == next(iter(shared_by("0.5", "0.2").trunks))
     assert len(run_sweep(more)[2]) == 3
@@ -440,7 +441,7 @@ def test_a_trunk_that_another_process_trains_is_waited_for(run_sweep, status):
         with storage.lock(run_sweep.work / each.folder / ".sweep"):
             held.set()
             time.sleep(0.5)
-            sweep._record(run_sweep.work, each, status, error="error: there")
+            runs.record(run_sweep.work, each, status, error="error: there")
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -457,7 +458,7 @@ def test_a_trunk_that_another_process_trains_is_waited_for(run_sweep, status):
 
 def test_a_folder_of_another_command_is_refused_before_anything_runs(run_sweep):
     run_sweep(apart(1))
-    other = sweep.grid(None, ["7", "0"], None, None, [*WORDS, "--learning_rate=0.5"])
+    other = sweeps.grid(None, ["7", "0"], None, None, [*WORDS, "--learning_rate=0.5"])
     with pytest.raises(UserError, match="'.*/runs/seed0' belongs to another command .*"
                        "learning_rate is 0.0012 there, 0.5 here"):  # fmt: skip
         run_sweep(other)
@@ -528,7 +529,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert code == 1 and not err, out + err
     assert f"failed: runs/broken: {message}" in out
     assert f"log: {work}/runs/broken/log.txt" in out
-    grid = sweep.grid(presets, None, None, None, ["--train_steps=12"])
+    grid = sweeps.grid(presets, None, None, None, ["--train_steps=12"])
     (folder,) = grid.trunks
     first = work / folder / "replicate_00" / "level_00" / "trained.safetensors"
     for run in grid.runs[:2]:
@@ -536,7 +537,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
         taken = work / run.folder / "replicate_00" / "level_00" / "trained.safetensors"
         assert taken.samefile(first)
     rows = read_csv(work / "index.csv")
-    assert list(rows[0]) == list(sweep.COLUMNS)
+    assert list(rows[0]) == list(runs.COLUMNS)
     assert [(r["run"], r["method"], r["level"], r["density"]) for r in rows] == [
         ("broken", "imp", None, None), ("picked", "snip", 0, 1.0), ("picked", "snip", 1, 0.5),
         ("pruned", "imp", 0, 1.0), ("pruned", "imp", 1, 0.5),
@@ -547,6 +548,6 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert [len(run["results"]) for run in index] == [0, 2, 2]
     # Whoever starts it again does what failed only.
     said = []
-    sweep.sweep(grid, work, command=lambda *_: [sys.executable, "-c", ""], say=said.append)
+    sweeps.sweep(grid, work, command=lambda *_: [sys.executable, "-c", ""], say=said.append)
     assert [line for line in said if "started" in line][0].startswith("broken: started")
     assert len([line for line in said if "started" in line]) == 1

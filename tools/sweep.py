@@ -10,8 +10,8 @@ import rich
 from absl import flags
 
 import lth_tf.flags
+from lth_tf import sweeps
 from lth_tf.report.tables import sweep_table
-from lth_tf.sweeps import processes as sweep
 
 PRESETS = flags.DEFINE_list("presets", None, "comma-separated: presets, or paths of flag files.")
 SEEDS = flags.DEFINE_list("seeds", None, "comma-separated: values of --seed.")
@@ -26,11 +26,11 @@ PLAN = flags.DEFINE_bool("plan", False, "Print the grid, and stop.")
 
 def main(passed: list[str]) -> int:
     """Plans and runs."""
-    grid = sweep.grid(PRESETS.value, SEEDS.value, DENSITIES.value, SCORERS.value, passed)
-    shard, workdir = sweep.shard_of(SHARD.value), Path(WORKDIR.value)
+    grid = sweeps.grid(PRESETS.value, SEEDS.value, DENSITIES.value, SCORERS.value, passed)
+    shard, workdir = sweeps.shard_of(SHARD.value), Path(WORKDIR.value)
     if not PLAN.value:
-        return sweep.sweep(grid, workdir, jobs=JOBS.value, shard=shard, data_dir=DATA_DIR.value)
-    rich.print(sweep_table(sweep.plan_rows(grid, workdir, shard), grid.saved))
+        return sweeps.sweep(grid, workdir, jobs=JOBS.value, shard=shard, data_dir=DATA_DIR.value)
+    rich.print(sweep_table(sweeps.plan_rows(grid, workdir, shard), grid.saved))
     return 0
 
 

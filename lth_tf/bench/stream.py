@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
+from lth_tf.bench.memory import sampled
+from lth_tf.bench.rounds import ratio
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.datasets import stream as streams
@@ -22,20 +22,21 @@ from lth_tf.training import Trainer
 from lth_tf.training.feeds import CHUNK, Streaming
 
 WARM = 2 * streams.AHEAD + 1  # steps not measured: buffers are filled, or emptied
-INTERVAL = 0.1  # seconds between two looks at the memory
-_STATM = "/proc/self/statm"
 
 
 class _Still(Streaming):
     """A feed that gives one batch of the stream again and again, out of memory."""
 
+    _again: Any = None
+
     def begin(self, step: int, end: int, seed: int) -> tuple:
         """Returns an iterator over the same batch without end."""
-        if self._iterator is None:
-            (source,) = super().begin(0, 1, seed)
+        if self._again is None:
+            # The stream goes with the feed that read it.
+            (source,) = Streaming(self.dataset, self.spec, self.strategy).begin(0, 1, seed)
             batch = tf.data.Dataset.from_tensors(source.get_next())
-            self._iterator = iter(batch.repeat())
-        return (self._iterator,)
+            self._again = iter(batch.repeat())
+        return (self._again,)
 
 
 def stream(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def stream(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
     its own, which ends with it, and does some steps before it is measured.
 
     Then two epochs are trained from the stream and the process's resident memory looked at
-    every INTERVAL seconds, in each from its first steps on to its end. In an epoch's last
+    at short intervals, in each from its first steps on to its end. In an epoch's last
     SHUFFLE records the shuffle buffers run empty.
 
     Args:
@@ -124,7 +125,6 @@ def stream(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
             if i:  # the first compiles, and fills the system's file cache
                 seconds[name].append(taken)
     images = steps * spec.batch_size
-    pairs = zip(seconds["training"], seconds["training_streamed"], strict=True)
     return {
         "model": spec.model,
         "dataset": spec.dataset,
@@ -132,7 +132,7 @@ def stream(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
         "images_per_second": {
             name: images / statistics.median(values) for name, values in seconds.items()
         },
-        "ratio_streamed": statistics.median(alone / fed for alone, fed in pairs),
+        "ratio_streamed": ratio(seconds["training"], seconds["training_streamed"]),
         "images_of_epoch": per_epoch * spec.batch_size,
         "memory_mb": _memory(train, per_epoch, spec.batch_size),
     }
@@ -143,7 +143,7 @@ def _memory(train: Callable[[int, int], None], per_epoch: int, batch: int) -> di
     highest = []
     for first in (0, per_epoch):
         train(first, first + WARM)
-        with _sampled() as samples:
+        with sampled() as samples:
             train(first + WARM, first + per_epoch)
         if not samples:
             return None
@@ -159,24 +159,24 @@ def _memory(train: Callable[[int, int], None], per_epoch: int, batch: int) -> di
     }
 
 
-@contextlib.contextmanager
-def _sampled() -> Iterator[list[tuple[float, float]]]:
-    """Within, a list grows by (time in seconds, resident MB) every INTERVAL; on Linux."""
-    samples: list[tuple[float, float]] = []
-    ended = threading.Event()
-
-    def look() -> None:
-        while os.path.exists(_STATM):
-            with open(_STATM) as file:
-                pages = int(file.read().split()[1])
-            samples.append((time.perf_counter(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
-            if ended.wait(INTERVAL):
-                break
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        yield samples
-    finally:
-        ended.set()
-        looking.join()
+def stream_table(result: dict[str, Any]) -> Table:
+    """Returns what `stream` returned as a table."""
+    rates, memory = result["images_per_second"], result["memory_mb"]
+    said = (
+        "resident memory over the second epoch: {lowest:,.0f} to {highest:,.0f} MB; while the "
+        "shuffle buffers are full within {spread:,.0f} MB; growth from epoch to epoch "
+        "{growth_per_1000_images:+.2f} MB per 1,000 images"
+    )
+    about = f"batch {result['batch_size']}; an epoch has {result['images_of_epoch']:,} images"
+    table = Table(
+        title=f"{result['model']} on {result['dataset']}, {about}",
+        caption=said.format(**memory) if memory else "resident memory: unknown on this system",
+    )
+    for column in ("", "images per second", "of training alone"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, rate in rates.items():
+        share = rate / rates["training"]
+        if name == "training_streamed":
+            share = result["ratio_streamed"]
+        table.add_row(name, f"{rate:,.0f}", f"{share:.2f}x")
+    return table

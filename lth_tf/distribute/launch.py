@@ -153,14 +153,14 @@ def _pass_on(source: IO[bytes], target: IO[str], index: int) -> None:
 def _caught() -> Iterator[list[int]]:
     """Within, signals to this process are only noted, in the list that it yields."""
     signals: list[int] = []
-    kept = {
+    before = {
         number: signal.signal(number, lambda number, _: signals.append(number))
         for number in FORWARDED
     }
     try:
         yield signals
     finally:
-        for number, handler in kept.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

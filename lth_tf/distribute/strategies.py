@@ -1,8 +1,4 @@
-"""Replicas and workers: the tf.distribute strategy that a spec asks for, and who does what.
-
-Every worker runs the same program. What it must not do for itself, because all have to know
-the same or because files are the chief's, goes through `Workers`.
-"""
+"""Replicas: the tf.distribute strategy that a spec asks for, and which part of it is here."""
 
 from __future__ import annotations
 
@@ -10,23 +6,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
-
 from lth_tf.compat import heartbeats, tf
-from lth_tf.distribute import cluster
+from lth_tf.distribute import cluster, meeting
 from lth_tf.errors import UserError, brief
 from lth_tf.spec import Spec
-
-Arrays = Mapping[str, np.ndarray]
-_WORDS = np.dtype("<u4")  # float64 holds each of them exactly
-
-_BLOCKS = 1024, 2**18  # numbers that workers add up in one call
 
 _joined: list[Any] = []  # the strategy of this process's cluster: there is one gRPC server
 
@@ -43,7 +30,7 @@ def resolve(spec: Spec) -> Spec:
     kind, devices = spec.distribute, spec.devices
     if kind == "multi_worker":
         strategy = join(spec)
-        workers = place_of(strategy)[1]
+        workers = index_and_count(strategy)[1]
         return dataclasses.replace(
             spec, workers=workers, devices=strategy.num_replicas_in_sync // workers
         )
@@ -115,7 +102,7 @@ def _mirrored(devices: tuple[str, ...]) -> Any:
 def join(spec: Spec) -> Any:
     """Returns the strategy of the cluster that this process is a worker of.
 
-    The workers meet first (`cluster.meet`), so that whoever is missing or was started with
+    The workers meet first (`meeting.meet`), so that whoever is missing or was started with
     other flags is named. The first call must come before anything else is computed.
 
     Raises:
@@ -138,7 +125,7 @@ def join(spec: Spec) -> Any:
         except UserError as error:
             problem = str(error)  # the others are waiting, and hear it, too
         statement = {**spec.identity(), "devices": each}
-        cluster.meet(here, statement, spec.worker_timeout, problem)
+        meeting.meet(here, statement, spec.worker_timeout, problem)
         _joined.append(_connect(spec, here, each if gpus else 0))
     replicas = _joined[0].num_replicas_in_sync
     _require_divisible(spec, replicas, f"{replicas} replicas")
@@ -181,7 +168,7 @@ def lost() -> Iterator[None]:
         ) from error
 
 
-def place_of(strategy: Any) -> tuple[int, int]:
+def index_and_count(strategy: Any) -> tuple[int, int]:
     """Returns this process's number among the workers, the chief's is 0, and how many there are."""
     extended = strategy.extended
     return getattr(extended, "_id_in_cluster", 0), getattr(extended, "_num_workers", 1)
@@ -189,7 +176,7 @@ def place_of(strategy: Any) -> tuple[int, int]:
 
 def first_replica(strategy: Any) -> int:
     """Returns the number, among all replicas, of this process's first one."""
-    index, count = place_of(strategy)
+    index, count = index_and_count(strategy)
     return index * (strategy.num_replicas_in_sync // count)
 
 
@@ -218,134 +205,3 @@ def scoring(strategy: Any) -> Iterator[None]:
 def scored_on() -> Any:
     """Returns the strategy that scorers use: of `scoring`, else the one whose scope this is."""
     return _scoring.get() or tf.distribute.get_strategy()
-
-
-class Workers:
-    """The processes of a strategy, most often one; its methods are called by all of them.
-
-    Args:
-      strategy: theirs.
-
-    Attributes:
-      index, count: this process's number, the chief's is 0, and how many there are.
-      chief: whether this is the one that reads and writes files.
-    """
-
-    def __init__(self, strategy: Any):
-        self._strategy = strategy
-        self.index, self.count = place_of(strategy)
-        self.chief = self.index == 0
-        self._add = tf.function(lambda values: strategy.run(_added, (values,)))
-
-    def share(self, make: Callable[[], tuple[Arrays, Any]]) -> tuple[Arrays, Any]:
-        """Returns, everywhere, what `make` returns at the chief: arrays and JSON-ready values.
-
-        Raises:
-          UserError: `make` raised one; it is raised everywhere.
-        """
-        if self.count == 1:
-            return make()
-        arrays, (problem, value) = self.tell(self._outcome(make) if self.chief else ({}, None), 0)
-        if problem is not None:
-            raise UserError(problem)
-        return arrays, value
-
-    @staticmethod
-    def _outcome(make: Callable[[], tuple[Arrays, Any]]) -> tuple[Arrays, Any]:
-        try:
-            arrays, value = make()
-        except UserError as error:
-            return {}, [str(error), None]
-        return arrays, [None, value]
-
-    def tell(self, own: tuple[Arrays, Any], source: int) -> tuple[Arrays, Any]:
-        """Returns what worker `source` gave: arrays and JSON-ready values."""
-        if self.count == 1:
-            return own
-        mine = self.index == source
-        content = _packed(*own) if mine else b""
-        size = int(self._total(np.array([len(content)], np.float64), mine)[0])
-        words = np.zeros(-(-size // 4), _WORDS)
-        if mine:
-            words.view(np.uint8)[:size] = np.frombuffer(content, np.uint8)
-        return _unpacked(self._total(words, mine).tobytes()[:size])
-
-    def each(self, own: tuple[Arrays, Any]) -> list[tuple[Arrays, Any]]:
-        """Returns what every worker gave, in the order of the workers."""
-        return [self.tell(own, source) for source in range(self.count)]
-
-    def agree(self, do: Callable[[], Any]) -> Any:
-        """Returns what `do` returns here, where it succeeds on every worker.
-
-        Raises:
-          UserError: it raised one on some worker; it is raised everywhere.
-        """
-        if self.count == 1:
-            return do()
-        result, problem = None, None
-        try:
-            result = do()
-        except UserError as error:
-            problem = str(error)
-        problems = [value for _, value in self.each(({}, problem))]
-        for worker, found in enumerate(problems):
-            if found:
-                raise UserError(found if worker == self.index else f"worker {worker}: {found}")
-        return result
-
-    def add(self, values: list[np.ndarray]) -> list[np.ndarray]:
-        """Returns the sums over the workers of what each gives: float arrays of equal shapes."""
-        if self.count == 1:
-            return values
-        flat = np.concatenate([np.ravel(value) for value in values]).astype(np.float64)
-        ends = np.cumsum([value.size for value in values])[:-1]
-        parts = np.split(self._total(flat, True), ends)
-        return [
-            part.reshape(value.shape).astype(value.dtype)
-            for part, value in zip(parts, values, strict=True)
-        ]
-
-    def _total(self, values: np.ndarray, mine: bool) -> np.ndarray:
-        """The sum over the workers of values [n], in float64; 0 counts for what is not `mine`."""
-        # In blocks of two sizes, since there is a graph for each.
-        size = _BLOCKS[len(values) > _BLOCKS[0]]
-        total = np.empty_like(values)
-        for start in range(0, len(values), size):
-            part = values[start : start + size]
-            block = np.zeros(size)
-            if mine:
-                block[: len(part)] = part
-            total[start : start + size] = self._add_block(block)[: len(part)]
-        return total
-
-    def _add_block(self, block: np.ndarray) -> np.ndarray:
-        first, zeros = first_replica(self._strategy), np.zeros_like(block)
-        given = self._strategy.experimental_distribute_values_from_function(
-            lambda c: tf.constant(block if c.replica_id_in_sync_group == first else zeros)
-        )
-        with lost():
-            found = self._strategy.experimental_local_results(self._add(given))
-        return found[0].numpy()
-
-
-@functools.lru_cache(maxsize=1)
-def workers_of(strategy: Any) -> Workers:
-    """Returns the strategy's workers, the same at every call."""
-    return Workers(strategy)
-
-
-def _packed(arrays: Arrays, value: Any) -> bytes:
-    text = json.dumps(value).encode()
-    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    return len(text).to_bytes(8, "little") + text + safetensors.numpy.save(contiguous)
-
-
-def _unpacked(content: bytes) -> tuple[dict[str, np.ndarray], Any]:
-    end = 8 + int.from_bytes(content[:8], "little")
-    return safetensors.numpy.load(content[end:]), json.loads(content[8:end])
-
-
-def _added(values: Any) -> Any:
-    # A copy, which has a device; an argument has none.
-    here = tf.identity(values)
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, here)

@@ -25,10 +25,13 @@ def finish(
     and their steps cannot be compared with those of the dense one.
 
     Args:
-      console: where to print.
-      rows: of its summary; none where nothing was trained.
-      workdir: its folder.
+      console: what is printed to.
+      rows: of the summary; none after scoring only.
+      workdir: the experiment's, which figure.png is written to.
       spec: the experiment.
+
+    Raises:
+      UserError: the figure cannot be written.
     """
 
     def show(text: str) -> None:

@@ -37,9 +37,12 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figures 1, 3 and 4).
 
     Args:
-      rows: of a summary.
+      rows: of the summary.
       path: the file.
-      title: what stands above it.
+      title: what stands above.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     found = points(rows)
     drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")

@@ -29,9 +29,9 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
     """Yields the kernels with what becomes of them, then the work in one sentence.
 
     Args:
-      plan: of the experiment.
+      plan: what `experiments.plan` makes of the spec.
       spec: the experiment.
-      score_only: tickets are written and nothing is trained.
+      score_only: whether tickets are only picked, and nothing is trained.
     """
     table = Table(title=f"{spec.model} on {spec.dataset}: what can be pruned")
     removed = ["removed per level"] if plan.rates else []
@@ -68,7 +68,7 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
 
 
 def sweep_table(rows: Iterable[Sequence[str]], saved: int) -> Table:
-    """Returns the runs of a sweep, see `sweep.plan_rows`, and how many trainings trunks save."""
+    """Returns the runs of a sweep, see `sweeps.plan_rows`, and how many trainings trunks save."""
     table = Table(caption=f"trunks save {saved} dense training(s)")
     for column in ("run", "what", "dense network", "shard", "status"):
         table.add_column(column, overflow="fold")
@@ -149,101 +149,3 @@ def sentence(found: Winning) -> str:
         f"{first} At the end of training tickets match the dense network, and re-initialised "
         f"ones do not, {end}."
     )
-
-
-def bench_table(result: dict[str, Any]) -> Table:
-    """Returns a bench's result as a table."""
-    if "samples" in result:
-        return _score_table(result)
-    if "images_per_second" in result:
-        return _stream_table(result)
-    if "checkpoints" in result:
-        return _checkpoints_table(result)
-    if "bytes_per_step" in result:
-        return _scale_table(result)
-    table = Table(title=f"{result['model']} on {result['dataset']}")
-    if "steps_per_second" not in result:
-        for name in ("seconds", "peak_memory_mb"):
-            table.add_column(name, justify="right")
-        table.add_row(f"{result['seconds']:.1f}", f"{result['peak_memory_mb']:,.0f}")
-        return table
-    for column in ("loop", "steps per second", "lth_tf is faster by"):
-        table.add_column(column, justify="left" if column == "loop" else "right")
-    for name, rate in result["steps_per_second"].items():
-        ratio = result.get(f"ratio_{name}")
-        shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-        table.add_row(name, shown, f"{ratio:.2f}x" if ratio else "")
-    return table
-
-
-def _checkpoints_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['model']} on {result['dataset']}, {result['steps']:,} steps")
-    for column in ("seconds", "checkpoints", "seconds each", "MB each", "share of the time"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        f"{result['seconds']:.1f}",
-        f"{result['checkpoints']}",
-        f"{result['seconds_per_checkpoint']:.3f}",
-        f"{result['megabytes']:.1f}",
-        f"{result['share']:.2%}",
-    )
-    return table
-
-
-def _scale_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['model']} on {result['dataset']}, batch {result['batch_size']}")
-    table.add_column("replicas", no_wrap=True)
-    for column in ("steps per second", "bytes per step", "packed over plain", "over kept entries"):
-        table.add_column(column, justify="right")
-    for name, rate in result["steps_per_second"].items():
-        packed, density = "packed" in name, name.split()[-1]
-        table.add_row(
-            name,
-            f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}",
-            f"{result['bytes_per_step'][name]:,}",
-            f"{result['ratio_packed'][density]:.2f}x" if packed else "",
-            f"{result['payload'][density]:.4f}x" if packed else "",
-        )
-    return table
-
-
-def _score_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['model']}, {result['samples']} samples")
-    columns = "", "seconds", "of gradient", "peak memory MB", "above the model's", "of gradient"
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
-    above = result["above_model_mb"]
-    unit = max(above["gradient"], 1.0)
-    for name, peak in result["peak_memory_mb"].items():
-        taken = result["seconds_by_name"].get(name)
-        table.add_row(
-            name,
-            f"{taken:.2f}" if taken else "",
-            f"{result['ratio_seconds'][name]:.2f}x" if taken else "",
-            f"{peak:,.0f}",
-            f"{above[name]:,.0f}",
-            f"{above[name] / unit:.2f}x",
-        )
-    return table
-
-
-def _stream_table(result: dict[str, Any]) -> Table:
-    rates, memory = result["images_per_second"], result["memory_mb"]
-    said = (
-        "resident memory over the second epoch: {lowest:,.0f} to {highest:,.0f} MB; while the "
-        "shuffle buffers are full within {spread:,.0f} MB; growth from epoch to epoch "
-        "{growth_per_1000_images:+.2f} MB per 1,000 images"
-    )
-    about = f"batch {result['batch_size']}; an epoch has {result['images_of_epoch']:,} images"
-    table = Table(
-        title=f"{result['model']} on {result['dataset']}, {about}",
-        caption=said.format(**memory) if memory else "resident memory: unknown on this system",
-    )
-    for column in ("", "images per second", "of training alone"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, rate in rates.items():
-        ratio = rate / rates["training"]
-        if name == "training_streamed":
-            ratio = result["ratio_streamed"]
-        table.add_row(name, f"{rate:,.0f}", f"{ratio:.2f}x")
-    return table

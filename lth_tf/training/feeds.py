@@ -21,7 +21,7 @@ from lth_tf.datasets import Dataset, Streamed, stream
 from lth_tf.datasets.augmentation import augment
 from lth_tf.datasets.scaling import scaled
 from lth_tf.datasets.stream import Shard
-from lth_tf.distribute import first_replica, place_of
+from lth_tf.distribute import first_replica, index_and_count
 from lth_tf.errors import UserError, brief
 from lth_tf.spec import Spec
 
@@ -221,7 +221,7 @@ class Streaming:
         self.dataset, self.spec, self.strategy = dataset, spec, strategy
         self._shards = shards(dataset, spec.validation_size)
         self.sizes = {name: stream.size(found) for name, found in self._shards.items()}
-        self._place = place_of(strategy)
+        self._place = index_and_count(strategy)
         self._evaluations = {
             name: stream.evaluation(dataset, found, spec.batch_size, self._place)
             for name, found in self._shards.items()

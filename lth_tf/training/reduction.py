@@ -64,7 +64,7 @@ class Reduction:
         if self._strategy.num_replicas_in_sync == 1 or density == 1:
             return False
         if self._communication == "auto":
-            return distribute.place_of(self._strategy)[1] > 1 and density < WORTH
+            return distribute.index_and_count(self._strategy)[1] > 1 and density < WORTH
         return self._communication == "packed"
 
     def __call__(self, entries: Any, values: list[Any]) -> list[Any]:
