@@ -46,8 +46,8 @@ def lenet_table(run: str) -> str:
             p = found.get((arm, level))
             row += ["", "", ""] if p is None else [
                 spread(p.early_stop_step, "{:,.0f}"),
-                spread(p.test_accuracy_early * 100),
-                spread(p.test_accuracy_end * 100),
+                spread(p.metric_early * 100),
+                spread(p.metric_end * 100),
             ]  # fmt: skip
         rows.append(row)
     step, there, end = "early-stop step", "accuracy there", "at the end"
@@ -70,7 +70,7 @@ class Lenet:
 
     def early(self, level: int, arm: str = "ticket") -> float:
         """Accuracy at early stop in percentage points above dense."""
-        mine, dense = self.found[arm, level].test_accuracy_early, self.dense.test_accuracy_early
+        mine, dense = self.found[arm, level].metric_early, self.dense.metric_early
         return round((mine.mean() - dense.mean()) * 100, 6)
 
     def density(self, level: int) -> str:
@@ -79,8 +79,8 @@ class Lenet:
 
     def end(self) -> float:
         """The most that tickets are above dense at the end, in percentage points."""
-        best = max(self.found["ticket", level].test_accuracy_end.mean() for level in self.levels)
-        return (best - self.dense.test_accuracy_end.mean()) * 100
+        best = max(self.found["ticket", level].metric_end.mean() for level in self.levels)
+        return (best - self.dense.metric_end.mean()) * 100
 
     def below(self) -> str:
         """Between which levels re-initialised ones fall below dense at early stop, for good."""

@@ -16,7 +16,7 @@ import pytest
 import rich.console
 
 from lth_tf import analysis, datasets, experiments, masks, models, pruning, scopes, training
-from lth_tf.analysis.summary import COLUMNS, read_csv
+from lth_tf.analysis.summary import columns, read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import imp, one_shot, plan
 from lth_tf.spec import Spec
@@ -148,7 +148,7 @@ def test_replicates_differ(workdir):
 
 def test_summary(workdir):
     rows = read_csv(workdir / "summary.csv")
-    assert tuple(rows[0]) == COLUMNS and len(rows) == 2 * (4 + 1)
+    assert tuple(rows[0]) == columns() and len(rows) == 2 * (4 + 1)
     assert rows == json.loads((workdir / "summary.json").read_text())
     row = next(r for r in rows if r["level"] == 2 and r["arm"] == "reinit" and r["replicate"] == 1)
     metrics = read_csv(folder(workdir, 2, 1) / "branch_reinit" / "metrics.csv")

@@ -34,6 +34,11 @@ class Comparison:
     methods: dict[str, list[Point]]
     densities: list[float]
 
+    @property
+    def metric(self) -> str:
+        """The metric that is compared."""
+        return next(p.metric for points in self.methods.values() for p in points)
+
     def at(self, method: str, arm: str, density: float) -> Point | None:
         """Returns the method's point of that arm at (nearly) that density, or None.
 
@@ -112,7 +117,7 @@ def method_of(spec: Spec) -> str:
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Returns a row per method, arm and density: mean and deviation of accuracies, fractions."""
+    """Returns a row per method, arm and density: mean and deviation of the metric."""
     listed = [("dense", p) for p in [comparison.dense] if p]
     listed += [(name, p) for name, found in comparison.methods.items() for p in found]
     return [
@@ -121,9 +126,9 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
             "arm": p.arm,
             "density": p.density,
             "replicates": len(p.replicates),
-            "test_accuracy_end": float(np.mean(p.test_accuracy_end)),
-            "test_accuracy_end_deviation": deviation(p.test_accuracy_end),
-            "test_accuracy_early": float(np.mean(p.test_accuracy_early)),
+            f"test_{p.metric}_end": float(np.mean(p.metric_end)),
+            f"test_{p.metric}_end_deviation": deviation(p.metric_end),
+            f"test_{p.metric}_early": float(np.mean(p.metric_early)),
         }
         for name, p in listed
     ]

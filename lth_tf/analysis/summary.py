@@ -11,20 +11,17 @@ from typing import Any
 
 from lth_tf import storage
 from lth_tf.errors import UserError
+from lth_tf.tasks import METRIC, metric_of
 
 Row = dict[str, Any]
-COLUMNS = (
-    "arm",
-    "replicate",
-    "level",
-    "density",
-    "early_stop_step",
-    "validation_loss_min",
-    "test_accuracy_early",
-    "test_accuracy_end",
-    "steps",
-    "seconds",
-)
+
+
+def columns(metric: str = METRIC) -> tuple[str, ...]:
+    """Returns the columns of summary.csv."""
+    return (
+        "arm", "replicate", "level", "density", "early_stop_step", "validation_loss_min",
+        f"test_{metric}_early", f"test_{metric}_end", "steps", "seconds",
+    )  # fmt: skip
 
 
 def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -42,7 +39,7 @@ def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def summary_row(
     arm: str, replicate: int, level: int, density: float, rows: Sequence[Mapping[str, Any]]
 ) -> Row:
-    """Returns the summary of one training; see COLUMNS. Density and accuracies are fractions.
+    """Returns the summary of one training; see `columns`. Density is a fraction.
 
     Args:
       arm: 'ticket', or the branch that was trained.
@@ -50,7 +47,7 @@ def summary_row(
       density: of its mask, 0 to 1.
       rows: its evaluations, in their order; see `Trained`.
     """
-    best, last = early_stop(rows), rows[-1]
+    best, last, metric = early_stop(rows), rows[-1], metric_of(rows[-1])
     return {
         "arm": arm,
         "replicate": replicate,
@@ -58,8 +55,8 @@ def summary_row(
         "density": density,
         "early_stop_step": best["step"],
         "validation_loss_min": best["validation_loss"],
-        "test_accuracy_early": best["test_accuracy"],
-        "test_accuracy_end": last["test_accuracy"],
+        f"test_{metric}_early": best[f"test_{metric}"],
+        f"test_{metric}_end": last[f"test_{metric}"],
         "steps": last["step"] - rows[0]["step"],
         "seconds": last["seconds"],
     }
@@ -103,7 +100,8 @@ def write_summary(workdir: Path, rows: Sequence[Row]) -> None:
     ordered = sorted(
         rows, key=lambda r: (r["replicate"], r["level"], r["arm"] != "ticket", r["arm"])
     )
-    write_csv(workdir / "summary.csv", COLUMNS, ordered)
+    metric = metric_of(ordered[0] if ordered else ())
+    write_csv(workdir / "summary.csv", columns(metric), ordered)
     storage.write(workdir / "summary.json", json.dumps(ordered, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-MARGIN = 0.005  # half a percentage point
+from lth_tf.tasks import METRIC, metric_of, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Point:
     density: float
     replicates: tuple[int, ...]
     early_stop_step: np.ndarray
-    test_accuracy_early: np.ndarray
-    test_accuracy_end: np.ndarray
+    metric_early: np.ndarray
+    metric_end: np.ndarray
+    metric: str = METRIC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,57 +33,56 @@ class Winning:
       early: (density, replicates that agree) where tickets are winning at early stop.
       end: the same where they match dense at the end and re-initialised ones do not.
       replicates: number of replicates.
+      margin: of the metric; a smaller difference counts as none.
     """
 
     early: tuple[float, int] | None
     end: tuple[float, int] | None
     replicates: int
+    margin: float = task_of(METRIC).margin
 
 
 def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
     """Groups summary rows by arm and level, dense first, then by falling density."""
+    metric = metric_of(rows[0] if rows else ())
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["arm"], row["level"]), []).append(row)
     found = []
     for (arm, level), group in groups.items():
         group.sort(key=lambda row: row["replicate"])
-        found.append(
-            Point(
-                arm,
-                level,
-                float(np.mean([row["density"] for row in group])),
-                tuple(row["replicate"] for row in group),
-                *(
-                    np.array([row[column] for row in group], float)
-                    for column in ("early_stop_step", "test_accuracy_early", "test_accuracy_end")
-                ),
-            )
+        step, early, end = (
+            np.array([row[column] for row in group], float)
+            for column in ("early_stop_step", f"test_{metric}_early", f"test_{metric}_end")
         )
+        density = float(np.mean([row["density"] for row in group]))
+        replicates = tuple(row["replicate"] for row in group)
+        found.append(Point(arm, level, density, replicates, step, early, end, metric))
     return sorted(found, key=lambda p: (p.level, p.arm != "ticket", p.arm))
 
 
-def wins_early(dense: Any, ticket: Any, reinit: Any) -> Any:
-    """At early stop: at least dense - 0.5 pp, at most dense's steps, reinit lower by > 0.5 pp.
+def wins_early(dense: Any, ticket: Any, reinit: Any, margin: float) -> Any:
+    """At early stop: at least dense - margin, at most dense's steps, reinit lower by > margin.
 
     Args:
-      dense, ticket, reinit: each (early-stop step, accuracy at it, accuracy at the end), scalars
-        or arrays over replicates.
+      dense, ticket, reinit: each (early-stop step, metric at it, metric at the end), scalars
+        or arrays over replicates; of the metric more is better.
+      margin: a smaller difference counts as none.
     """
     return (
-        (_lead(ticket[1], dense[1]) >= -MARGIN)
+        (_lead(ticket[1], dense[1]) >= -margin)
         & (ticket[0] <= dense[0])
-        & (_lead(ticket[1], reinit[1]) > MARGIN)
+        & (_lead(ticket[1], reinit[1]) > margin)
     )
 
 
-def wins_end(dense: Any, ticket: Any, reinit: Any) -> Any:
-    """At the end: ticket at least dense - 0.5 pp, reinit below dense - 0.5 pp.
+def wins_end(dense: Any, ticket: Any, reinit: Any, margin: float) -> Any:
+    """At the end: ticket at least dense - margin, reinit below dense - margin.
 
     Args:
-      dense, ticket, reinit: see `wins_early`.
+      dense, ticket, reinit, margin: see `wins_early`.
     """
-    return (_lead(ticket[2], dense[2]) >= -MARGIN) & (_lead(dense[2], reinit[2]) > MARGIN)
+    return (_lead(ticket[2], dense[2]) >= -margin) & (_lead(dense[2], reinit[2]) > margin)
 
 
 def _lead(a: Any, b: Any) -> Any:
@@ -98,6 +98,7 @@ def winning(rows: Sequence[dict[str, Any]]) -> Winning:
     """
     by = {(p.arm, p.level): p for p in points(rows)}
     dense = by.get(("ticket", 0))
+    margin = task_of(next(iter(by.values())).metric if by else METRIC).margin
 
     def smallest(wins: Callable[..., Any]) -> tuple[float, int] | None:
         best = None
@@ -109,18 +110,19 @@ def winning(rows: Sequence[dict[str, Any]]) -> Winning:
                 set(dense.replicates) & set(ticket.replicates) & set(control.replicates)
             )
             arms = [_numbers(p, common) for p in (dense, ticket, control)]
-            if common and bool(wins(*(a.mean(axis=1) for a in arms))):
+            if common and bool(wins(*(a.mean(axis=1) for a in arms), margin)):
                 if best is None or ticket.density < best[0]:
-                    best = ticket.density, int(np.sum(wins(*arms)))
+                    best = ticket.density, int(np.sum(wins(*arms, margin)))
         return best
 
     count = len(dense.replicates) if dense else 0
-    return Winning(smallest(wins_early), smallest(wins_end), count)
+    return Winning(smallest(wins_early), smallest(wins_end), count, margin)
 
 
 def _numbers(point: Point, replicates: Sequence[int]) -> np.ndarray:
-    """float[3, replicates]: early-stop step, accuracy at it, accuracy at the end."""
+    """float[3, replicates]: early-stop step, metric there, at the end; of it more is better."""
     chosen = [point.replicates.index(r) for r in replicates]
+    sign = 1 if task_of(point.metric).higher else -1
     return np.stack(
-        [point.early_stop_step, point.test_accuracy_early, point.test_accuracy_end]
+        [point.early_stop_step, sign * point.metric_early, sign * point.metric_end]
     )[:, chosen]

@@ -9,6 +9,7 @@ import rich.console
 import rich.progress
 
 from lth_tf.compat import keras
+from lth_tf.tasks import metric_of, task_of
 
 
 class Progress(keras.callbacks.Callback):
@@ -64,9 +65,12 @@ class Progress(keras.callbacks.Callback):
     def finish(self, what: str, row: dict[str, Any]) -> None:
         """A training is finished; `row` is its summary."""
         if not self.console.is_terminal:
+            metric = metric_of(row)
+            form = task_of(metric).form
+            early, end = (form.format(row[f"test_{metric}_{at}"]) for at in ("early", "end"))
             self.console.print(
                 f"{what}: density {row['density']:.4f}, early stop at {row['early_stop_step']} "
-                f"with {row['test_accuracy_early']:.2%}, end {row['test_accuracy_end']:.2%} "
+                f"with {early}, end {end} "
                 f"({row['seconds']:.1f} s, {self._done:,} of {self.steps:,} steps)",
                 highlight=False,
                 soft_wrap=True,

@@ -13,6 +13,7 @@ from lth_tf.analysis.comparison import Comparison, deviation, rows
 from lth_tf.analysis.winning import Point
 from lth_tf.report.figure import density_axis, save
 from lth_tf.report.tables import ARMS
+from lth_tf.tasks import task_of
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = {
@@ -26,8 +27,10 @@ COLOURS = {
 
 
 def comparison_table(found: Comparison) -> Table:
-    """Returns accuracies at the end in %: a row per method and arm, a column per density."""
-    title = f"{found.spec.model} on {found.spec.dataset}: test accuracy at the end, %"
+    """Returns the metric at the end: a row per method and arm, a column per density."""
+    task = task_of(found.metric)
+    unit = ", %" if task.percent else ""
+    title = f"{found.spec.model} on {found.spec.dataset}: test {found.metric} at the end{unit}"
     table = Table(title=title, box=rich.box.SIMPLE_HEAD)
     table.add_column("method")
     table.add_column("arm")
@@ -46,7 +49,7 @@ def comparison_table(found: Comparison) -> Table:
 def _cell(point: Point | None) -> str:
     if point is None:
         return ""
-    values = point.test_accuracy_end * 100
+    values = point.metric_end * task_of(point.metric).unit[0]
     spread = deviation(values)
     return f"{values.mean():.2f}" + ("" if spread is None else f" ±{spread:.2f}")
 
@@ -54,9 +57,10 @@ def _cell(point: Point | None) -> str:
 def comparison_figure(found: Comparison, path: Path) -> None:
     """Writes a PNG: a panel per arm, a line per method, bands from minimum to maximum.
 
-    Shown are the densities that all methods have, and 25 points of accuracy: networks cut
+    Shown are the densities that all methods have, and 25 points of a percentage: networks cut
     down to chance would flatten the rest.
     """
+    factor, unit = task_of(found.metric).unit
     arms = list(dict.fromkeys(p.arm for points in found.methods.values() for p in points))
     drawing = matplotlib.figure.Figure(figsize=(1 + 4.5 * len(arms), 4), layout="constrained")
     others = [c for m, c in COLOURS.items() if m not in found.methods] + ["#000000", "#F0E442"]
@@ -65,23 +69,23 @@ def comparison_figure(found: Comparison, path: Path) -> None:
     panels = drawing.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for ax, arm in zip(panels, arms, strict=True):
         if found.dense:
-            ax.axhline(
-                found.dense.test_accuracy_end.mean() * 100, color="0.4", ls="--", label="dense"
-            )
+            level = found.dense.metric_end.mean() * factor
+            ax.axhline(level, color="0.4", ls="--", label="dense")
         for method, points in found.methods.items():
             line = [p for p in points if p.arm == arm]
             if not line:
                 continue
-            x, y = [p.density * 100 for p in line], [p.test_accuracy_end * 100 for p in line]
+            x, y = [p.density * 100 for p in line], [p.metric_end * factor for p in line]
             style = {"color": colours[method]}
             ax.plot(x, [v.mean() for v in y], "o-", ms=4, label=method, **style)
             ax.fill_between(x, [v.min() for v in y], [v.max() for v in y], alpha=0.2, lw=0, **style)
         density_axis(ax)
         ax.set_xlim(found.densities[0] * 150, found.densities[-1] * 75)
-        top = max(r["test_accuracy_end"] for r in rows(found)) * 100
-        ax.set_ylim(top - 25, top + 1.5)
+        if factor == 100:
+            top = max(r[f"test_{found.metric}_end"] for r in rows(found)) * factor
+            ax.set_ylim(top - 25, top + 1.5)
         ax.set_title("tickets" if arm == "ticket" else ARMS.get(arm, arm))
     panels[0].legend(fontsize="small", loc="lower left")
-    panels[0].set_ylabel("test accuracy at the end (%)")
+    panels[0].set_ylabel(f"test {found.metric} at the end{unit}")
     drawing.suptitle(f"{found.spec.model} on {found.spec.dataset}")
     save(drawing, path)

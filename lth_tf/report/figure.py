@@ -14,6 +14,7 @@ import numpy as np
 from lth_tf import storage
 from lth_tf.analysis.winning import points
 from lth_tf.report.tables import ARMS
+from lth_tf.tasks import METRIC, task_of
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = {
@@ -23,11 +24,16 @@ COLOURS = {
     "invert": "#CC79A7",
     "absolute": "#E69F00",
 }
-PANELS = (
-    ("early_stop_step", "steps to minimum validation loss", 1.0),
-    ("test_accuracy_early", "test accuracy there (%)", 100.0),
-    ("test_accuracy_end", "test accuracy at the end (%)", 100.0),
-)
+
+
+def _panels(metric: str) -> list[tuple[str, str, float]]:
+    """(attribute of points, label, factor) of each panel."""
+    factor, unit = task_of(metric).unit
+    return [
+        ("early_stop_step", "steps to minimum validation loss", 1.0),
+        ("metric_early", f"test {metric} there{unit}", factor),
+        ("metric_end", f"test {metric} at the end{unit}", factor),
+    ]
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -46,9 +52,10 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """
     found = points(rows)
     drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
-    axes = drawing.subplots(1, len(PANELS))
+    panels = _panels(found[0].metric if found else METRIC)
+    axes = drawing.subplots(1, len(panels))
     dense = next((p for p in found if p.level == 0), None)
-    for ax, (column, label, factor) in zip(axes, PANELS, strict=True):
+    for ax, (column, label, factor) in zip(axes, panels, strict=True):
         if dense:
             level = getattr(dense, column).mean() * factor
             ax.axhline(level, color="0.4", ls="--", label="dense")

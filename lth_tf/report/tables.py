@@ -10,11 +10,12 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from lth_tf.analysis.winning import MARGIN, Point, Winning, points
+from lth_tf.analysis.winning import Point, Winning, points
 from lth_tf.experiments import Plan, picking
 from lth_tf.recipes import RECIPES
 from lth_tf.scopes import count
 from lth_tf.spec import Spec
+from lth_tf.tasks import METRIC, task_of
 
 ARMS = {
     "ticket": "ticket",
@@ -96,8 +97,9 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     table.add_column("density", justify="right")
     table.add_column("arm")
     table.add_column("steps to minimum validation loss", justify="right")
-    table.add_column("test accuracy there", justify="right")
-    table.add_column("test accuracy at the end", justify="right")
+    metric = found[0].metric if found else METRIC
+    table.add_column(f"test {metric} there", justify="right")
+    table.add_column(f"test {metric} at the end", justify="right")
     level = None
     for p in found:
         if p.level not in controlled | {0}:
@@ -114,10 +116,11 @@ def _arm(point: Point) -> str:
 
 
 def _numbers(point: Point) -> tuple[str, str, str]:
+    form = task_of(point.metric).form
     return (
         _mean_and_spread(point.early_stop_step, "{:,.0f}"),
-        _mean_and_spread(point.test_accuracy_early, "{:.2%}"),
-        _mean_and_spread(point.test_accuracy_end, "{:.2%}"),
+        _mean_and_spread(point.metric_early, form),
+        _mean_and_spread(point.metric_end, form),
     )
 
 
@@ -126,8 +129,8 @@ def sentence(found: Winning) -> str:
     if found.early is None and found.end is None:
         return (
             "No winning ticket: at no density with a control were tickets as fast and as accurate "
-            f"as the dense network (within {MARGIN:.1%}) and re-initialised ones less accurate by "
-            "more than that, at early stop or at the end."
+            f"as the dense network (within {found.margin:.1%}) and re-initialised ones less "
+            "accurate by more than that, at early stop or at the end."
         )
     early, end = (
         f"down to {f[0]:.2%} density ({f[1]} of {found.replicates} replicates agree)"

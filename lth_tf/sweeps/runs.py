@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lth_tf import storage
-from lth_tf.analysis.summary import read_csv, write_csv
+from lth_tf.analysis.summary import columns, read_csv, write_csv
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
 from lth_tf.sweeps.grid import Grid, Run
+from lth_tf.tasks import metric_of
 
-COLUMNS = (
-    "run", "status", "preset", "dataset", "model", "method", "seed", "asked_density",
-    "arm", "replicate", "level", "density", "early_stop_step", "validation_loss_min",
-    "test_accuracy_early", "test_accuracy_end", "steps", "seconds", "error",
-)  # fmt: skip
+ABOUT = "run", "status", "preset", "dataset", "model", "method", "seed", "asked_density"
 _PAUSE = 0.02  # seconds between two tries to hold the index
 
 
@@ -149,7 +146,8 @@ def write_index(workdir: Path) -> None:
             }
             lines += [about | row for row in rows] or [about]
             runs.append({**run, "results": rows})
-        write_csv(workdir / "index.csv", COLUMNS, lines)
+        results = dict.fromkeys(name for line in lines for name in columns(metric_of(line)))
+        write_csv(workdir / "index.csv", [*ABOUT, *(results or columns()), "error"], lines)
         storage.write(workdir / "index.json", json.dumps(runs, indent=1) + "\n")
 
 
