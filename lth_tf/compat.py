@@ -27,15 +27,15 @@ def _quiet() -> Iterator[None]:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
+        stderr = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
             del os.environ["TF_CPP_MIN_LOG_LEVEL"]  # read by now, and not for child processes
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
             file.seek(0)
             for line in file.read().decode(errors="replace").splitlines():
                 if line and not re.match(r"[IWE]\d{4} |WARNING: All log messages before", line):

@@ -1,9 +1,9 @@
-"""Scopes turn scores into masks: which weights compete with each other, and for how many places.
+"""Scopes turn scores into masks: which weights compete with each other, and for what budget.
 
 A scope is a function (scores, density, within, *, min_per_layer) -> mask:
 
-    global     one ranking over all kernels for k = round(density * N) places
-    layerwise  a ranking in each kernel for round(density * size) places of its own
+    global     one ranking over all kernels for a budget of k = round(density * N)
+    layerwise  a ranking in each kernel for a budget round(density * size) of its own
     uniform    the same, but the first kernel stays dense: one density for the rest, k in all
     erk        the same, but density ~ sum of the kernel's dims / their product, k in all
 
@@ -20,7 +20,7 @@ fall.
 
 `min_per_layer` says what may happen to a kernel whose scores are low. None: a kernel left
 empty is an error. 0: it may be left empty. m: it keeps at least its m highest scores, or
-all that it has where these are fewer; these places come out of the same k (layerwise: in
+all that it has where these are fewer; they come out of the same k (layerwise: in
 addition to it). A density that keeps no weight at all is always an error.
 """
 
@@ -120,9 +120,9 @@ def _rank(
     return [c.view(np.uint8).reshape(np.shape(s)) for c, s in zip(out, scores, strict=True)]
 
 
-def _each(scores: Scores, places: Mapping[str, int], within: Mask | None) -> Mask:
+def _each(scores: Scores, budgets: Mapping[str, int], within: Mask | None) -> Mask:
     return {
-        name: top_k(s, places[name], None if within is None else within[name])
+        name: top_k(s, budgets[name], None if within is None else within[name])
         for name, s in scores.items()
     }
 
@@ -162,12 +162,12 @@ def _bounds(
     return {name: min(guard, n) for name, n in most.items()}, most
 
 
-def _places(
+def _budgets(
     scores: Scores, density: Density, within: Mask | None, min_per_layer: int | None
 ) -> tuple[int, dict[str, int], dict[str, int], Mask]:
     """Returns what the unprotected kernels share, and the mask of the protected ones.
 
-    The former is their number of places, and the fewest and the most of each kernel.
+    The former is their budget, and the fewest and the most of each kernel.
     """
     each = _per_kernel(scores, density)
     sizes = {name: np.size(s) for name, s in scores.items()}
@@ -256,7 +256,7 @@ def global_(
     >>> global_(scores, 0.5, min_per_layer=1)
     {'a': array([0, 1], dtype=uint8), 'b': array([0, 0, 1, 1], dtype=uint8)}
     """
-    k, least, most, mask = _places(scores, density, within, min_per_layer)
+    k, least, most, mask = _budgets(scores, density, within, min_per_layer)
     names = list(most)
     ranked = [scores[name] for name in names]
     eligible = [None if within is None else within[name] for name in names]
@@ -298,8 +298,8 @@ def layerwise(
     counts = {n: count(d, np.size(scores[n])) for n, d in _per_kernel(scores, density).items()}
     _require_some(sum(counts.values()), scores)
     least, _ = _bounds(scores, within, min_per_layer)
-    places = {name: max(k, least[name]) for name, k in counts.items()}
-    return _checked(_each(scores, places, within), min_per_layer)
+    budgets = {name: max(k, least[name]) for name, k in counts.items()}
+    return _checked(_each(scores, budgets, within), min_per_layer)
 
 
 @SCOPES.register("uniform")
@@ -315,7 +315,7 @@ def uniform(
     With k = round(sum of density * size), kernel l > 1 has the density (k - n_1) / (n_2 +
     n_3 + ...) and is ranked by itself. Whole numbers by largest remainders, so that exactly
     k are kept. Kernels with fewer eligible weights keep all of them, and what they cannot take
-    goes to the others. If the first kernel is protected, no other stays dense in its place.
+    goes to the others. If the first kernel is protected, no other stays dense instead.
 
     Args, Returns and Raises as for `global_`; also UserError, with the smallest density
     possible, if the first kernel alone has more than k weights. Evci et al. (2020), "Rigging the
@@ -366,8 +366,8 @@ def _spread(
     weight: Mapping[str, int],
     dense: str | None = None,
 ) -> Mask:
-    """Places in proportion to `weight`, but all of the kernel `dense`; a ranking in each kernel."""
-    k, least, most, mask = _places(scores, density, within, min_per_layer)
+    """Budgets in proportion to `weight`, but `dense` stays whole; a ranking in each kernel."""
+    k, least, most, mask = _budgets(scores, density, within, min_per_layer)
     takers = [f"min_per_layer {min_per_layer}"] if min_per_layer else []
     if dense in most:
         least[dense] = most[dense]

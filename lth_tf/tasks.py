@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lth_tf.compat import tf
+from lth_tf.errors import UserError
 from lth_tf.registry import Registry
 
 
@@ -72,5 +73,9 @@ def metric_of(columns: Iterable[str]) -> str:
 
 
 def task_of(metric: str) -> Task:
-    """Returns the task that a metric belongs to."""
-    return next(task for task in TASKS.values() if task.metric == metric)
+    """Returns the task that a metric belongs to; raises UserError where there is none."""
+    for task in TASKS.values():
+        if task.metric == metric:
+            return task
+    known = ", ".join(task.metric for task in TASKS.values())
+    raise UserError(f"no task has the metric {metric!r}; there are: {known}")

@@ -17,8 +17,9 @@ from test_training import DIGITS, same, spec, start
 
 from lth_tf import analysis, experiments, flags, masks
 from lth_tf.analysis import comparison
-from lth_tf.compat import keras
-from lth_tf.datasets import DATASETS, Dataset
+from lth_tf.analysis.summary import read_csv
+from lth_tf.compat import keras, tf
+from lth_tf.datasets import DATASETS, Dataset, scaling
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.models import MODELS, register
 from lth_tf.models.parts import initialisers
@@ -27,6 +28,7 @@ from lth_tf.scorers import SCORERS
 from lth_tf.scorers.losses import cross_entropy
 from lth_tf.scorers.network import Network
 from lth_tf.spec import owners
+from lth_tf.tasks import TASKS, Task
 from lth_tf.tickets import load_ticket
 from lth_tf.training import OPTIMIZERS, Trainer
 
@@ -278,3 +280,85 @@ def test_a_recipe_is_one_entry(monkeypatch, capsys, tmp_path):
         )
         assert [name.split()[0] for name in found.methods] == ["half", "imp"]
         assert len(found.densities) == 1
+
+
+# A task, on inputs that are no images.
+
+
+def waves(data_dir=None):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 6)).astype(np.float32) * 3 + 1
+    y = np.sin(x[:, 0]).astype(np.float32)
+    mean, std = (tuple(map(float, f(x[:300], axis=0))) for f in (np.mean, np.std))
+    return Dataset("waves", x[:300], y[:300], x[300:], y[300:], 1, mean, std, task="waves")
+
+
+def test_a_task_is_one_entry(monkeypatch, capsys, tmp_path):
+    task = Task(
+        losses=lambda y, outputs: tf.square(y - tf.cast(outputs[:, 0], y.dtype)),
+        hits=lambda y, outputs: tf.abs(y - tf.cast(outputs[:, 0], y.dtype)),
+        metric="error", higher=False, margin=0.01, percent=False,
+    )  # fmt: skip
+    with entered(TASKS, "waves"), entered(DATASETS, "waves"):
+        TASKS.register("waves")(task)
+        DATASETS.register("waves")(waves)
+        words = [*NETWORK, "--dataset=waves", "--train_steps=200", "--eval_every=50", "--levels=1"]
+        words += ["--controls=reinit", "--prune_fraction=0.5", f"--workdir={tmp_path}/run"]
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert code == 0, err
+        assert "error" in out and "accuracy" not in out
+        rows = analysis.read_summary(tmp_path / "run")
+        assert set(rows[0]) >= {"test_error_early", "test_error_end"}
+        (dense,) = (row for row in rows if row["level"] == 0)
+        start = read_csv(tmp_path / "run/replicate_00/level_00/metrics.csv")[0]
+        assert 0 < dense["test_error_end"] < 0.8 * start["test_error"]
+        # Less is better: half of the dense network's error wins, twice of it does not.
+        for factor, wins in ((0.5, True), (2.0, False)):
+            made = [
+                {**row, "test_error_early": 0.4 * f, "test_error_end": 0.4 * f}
+                for row in rows
+                for f in [{("ticket", 1): factor, ("reinit", 1): 4.0}.get(
+                    (row["arm"], row["level"]), 1.0
+                )]
+            ]  # fmt: skip
+            assert (analysis.winning(made).end is not None) == wins
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_inputs_may_be_floats_or_whole_numbers(precision):
+    x, own = tf.constant(waves().train_inputs), spec(precision=precision)
+    found = scaling.scaled(x, waves(), own)
+    assert found.dtype == precision
+    np.testing.assert_allclose(np.mean(found, 0), np.zeros(6), atol=1e-5)
+    np.testing.assert_allclose(np.std(found, 0), np.ones(6), atol=1e-5)
+    plain = scaling.scaled(x, waves(), spec(precision=precision, normalization="unit"))
+    np.testing.assert_array_equal(plain, np.asarray(x, precision))
+    tokens = tf.constant([[1, 2], [3, 4]])
+    assert scaling.scaled(tokens, waves(), own) is tokens
+
+
+def words_in(input_shape, classes, seed, *, init="glorot_normal"):
+    inits = initialisers(init, seed)
+    return keras.Sequential(
+        [
+            keras.Input(input_shape, dtype="int32"),
+            keras.layers.Embedding(7, 4, name="embedding"),
+            keras.layers.Flatten(name="flatten"),
+            keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"),
+        ]
+    )
+
+
+def test_whole_numbers_train(monkeypatch, capsys, tmp_path):
+    def tokens(data_dir=None):
+        x = np.random.default_rng(0).integers(0, 7, (300, 5), np.int32)
+        y = (x[:, 0] % 3).astype(np.int32)
+        return Dataset("tokens", x[:240], y[:240], x[240:], y[240:], 3, (0.0,), (1.0,))
+
+    with entered(MODELS, "words"), entered(DATASETS, "tokens"):
+        register("words")(words_in)
+        DATASETS.register("tokens")(tokens)
+        words = [*NETWORK, "--dataset=tokens", "--model=words", "--levels=1", "--train_steps=300"]
+        words += ["--learning_rate=0.05", f"--workdir={tmp_path}"]
+        assert run(monkeypatch, capsys, *words)[0] == 0
+        assert analysis.read_summary(tmp_path)[0]["test_accuracy_end"] > 0.9

@@ -150,7 +150,7 @@ def test_scale_of_a_black_image():
 
 def test_place_on_one_device():
     data = dataset()
-    images, labels = feeds.place(
+    images, labels = feeds.on_devices(
         (data.train_inputs, data.train_labels), tf.distribute.get_strategy()
     )
     assert images.dtype == tf.uint8 and labels.dtype == tf.int32
@@ -162,7 +162,7 @@ def test_place_on_two_devices():
     devices = [d.name for d in tf.config.list_logical_devices("CPU")][:2]
     strategy = tf.distribute.MirroredStrategy(devices)
     data = dataset()
-    (labels,) = feeds.place((data.train_labels,), strategy)
+    (labels,) = feeds.on_devices((data.train_labels,), strategy)
     copies = strategy.experimental_local_results(labels)
     assert [copy.device.rpartition("/device:")[2] for copy in copies] == ["CPU:0", "CPU:1"]
     assert all((copy.numpy() == data.train_labels).all() for copy in copies)

@@ -52,8 +52,8 @@ def collapse(mask: Mask, through: Mask) -> str:
     Named are kernels that are empty, that have fewer weights than outputs, or of which
     no weight lies on a path.
     """
-    kept, effective = masks.density(mask), masks.density(through)
-    text = f"density {kept:.4%}, on a path from input to output {effective:.4%}"
+    density, effective = masks.density(mask), masks.density(through)
+    text = f"density {density:.4%}, on a path from input to output {effective:.4%}"
     findings = {
         "empty": [n for n, m in mask.items() if not m.any()],
         "on no path": [n for n, m in mask.items() if m.any() and not through[n].any()],

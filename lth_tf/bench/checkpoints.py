@@ -35,7 +35,7 @@ def checkpoints(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int
 
     Args:
       spec: the experiment, with its checkpoint_every.
-      dataset: images and labels.
+      dataset: inputs and labels.
       steps: of a training, evaluations included.
       rounds: how many trainings.
 

@@ -30,7 +30,7 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
 
     Args:
       spec: model, optimizer, batch size, precision.
-      dataset: images and labels.
+      dataset: inputs and labels.
       steps: how many each contender does per round.
       rounds: how often.
 
@@ -45,11 +45,11 @@ def train(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
     mask = SCOPES["layerwise"](scores, DENSITY)
     trainer.train(masks.apply(mask, weights), mask, 0, 0)  # puts them in
 
-    images = scaling.scale(
+    inputs = scaling.scale(
         dataset.train_inputs, spec.normalization, dataset.mean, dataset.std, tf.float32
     ).numpy()
-    repeats = -(-steps * spec.batch_size // len(images))
-    x = np.concatenate([images] * repeats)[: steps * spec.batch_size]
+    repeats = -(-steps * spec.batch_size // len(inputs))
+    x = np.concatenate([inputs] * repeats)[: steps * spec.batch_size]
     y = np.concatenate([dataset.train_labels] * repeats)[: steps * spec.batch_size]
 
     def plain() -> Any:

@@ -32,7 +32,7 @@ def scale(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> d
 
     Args:
       spec: model, optimizer, batch size, precision.
-      dataset: images and labels.
+      dataset: inputs and labels.
       steps: how many each contender does per round.
       rounds: how often.
 

@@ -23,7 +23,7 @@ from lth_tf.spec import Spec
 
 
 def score(spec: Spec, dataset: Dataset | Streamed, rounds: int) -> dict[str, Any]:
-    """Compares scorers with one gradient of the same samples, on random images.
+    """Compares scorers with one gradient of the same samples, on random inputs.
 
     gradient: of the plain Keras model in training mode, its own BatchNormalization, in one
     tf.function. The others are the spec's scorers; grasp_10x has ten times the samples in
@@ -85,23 +85,23 @@ def _scorers(spec: Spec, input_shape: tuple[int, ...], classes: int) -> dict[str
 
     @functools.cache
     def batches(factor: int) -> list:
-        images = rng.normal(size=(samples * factor, *input_shape)).astype(np.float32)
+        inputs = rng.normal(size=(samples * factor, *input_shape)).astype(np.float32)
         labels = (np.arange(samples * factor) % classes).astype(np.int32)
         parts = -(-samples * factor // spec.score_batch_size)
         return list(
-            zip(np.array_split(images, parts), np.array_split(labels, parts), strict=True)
+            zip(np.array_split(inputs, parts), np.array_split(labels, parts), strict=True)
         )
 
     @tf.function
-    def differentiate(images: Any, labels: Any) -> list:
+    def differentiate(inputs: Any, labels: Any) -> list:
         with tf.GradientTape() as tape:
-            logits = model(images, training=True)
+            logits = model(inputs, training=True)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         return tape.gradient(loss, model.trainable_variables)
 
     def gradient() -> None:
-        for images, labels in batches(1):
-            for g in differentiate(tf.constant(images), tf.constant(labels)):
+        for inputs, labels in batches(1):
+            for g in differentiate(tf.constant(inputs), tf.constant(labels)):
                 g.numpy()
 
     def of(name: str, factor: int = 1) -> Contender:

@@ -1,4 +1,4 @@
-"""Random changes to training images: functions of (seed, step, place in the global batch)."""
+"""Random changes to training images: functions of (seed, step, position in the global batch)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHIFT = 4  # most pixels that flip_crop moves an image by
 def augment(images: Any, kind: str, seed: Any, step: Any, first: Any = 0) -> Any:
     """Returns a changed copy of a batch, or of a replica's share of it, for training on.
 
-    A function of (seed, step, place in the global batch): see `crops`.
+    A function of (seed, step, position in the global batch): see `crops`.
 
     flip_crop: SHIFT pixels of zeros are put around each image, a random part of the
     original size is cut out of that, and mirrored with probability 1/2 (He et al. 2016,
@@ -27,12 +27,12 @@ def augment(images: Any, kind: str, seed: Any, step: Any, first: Any = 0) -> Any
       images: float [n, h, w, c], after `scale`.
       kind: none, flip_crop or resized_crop.
       seed, step: integers or tensors [].
-      first: the place of images[0] in the global batch.
+      first: the position of images[0] in the global batch.
     """
     if kind == "none":
         return images
-    places = first + tf.range(images.shape[0])
-    draw = functools.partial(crops.uniform, seed, step, places)
+    positions = first + tf.range(images.shape[0])
+    draw = functools.partial(crops.uniform, seed, step, positions)
     return _flip_crop(images, draw(3)) if kind == "flip_crop" else _resized_crop(images, draw)
 
 
@@ -60,17 +60,17 @@ def _resized_crop(images: Any, draw: Any) -> Any:
     return columns[:, None] @ images
 
 
-def _mirrored(places: Any, numbers: Any) -> Any:
-    """[n, w]: the places 0 .. w - 1, backwards where the number is below 1/2."""
-    return tf.where(numbers[:, None] < 0.5, places[::-1], places)
+def _mirrored(positions: Any, numbers: Any) -> Any:
+    """[n, w]: the positions 0 .. w - 1, backwards where the number is below 1/2."""
+    return tf.where(numbers[:, None] < 0.5, positions[::-1], positions)
 
 
-def _between(places: Any, start: Any, length: Any, size: int, dtype: Any) -> Any:
+def _between(positions: Any, start: Any, length: Any, size: int, dtype: Any) -> Any:
     """[n, size, size]: row i has the weights of the pixels around the centre of pixel i.
 
     Pixel i of `size` lies, centre over centre, in the part of `length` pixels at `start`;
     beyond the image's border its outermost pixels go on.
     """
-    at = start[:, None] + (tf.cast(places, tf.float32) + 0.5) * (length[:, None] / size) - 0.5
+    at = start[:, None] + (tf.cast(positions, tf.float32) + 0.5) * (length[:, None] / size) - 0.5
     at = tf.cast(tf.clip_by_value(at, 0, size - 1), dtype)
     return tf.nn.relu(1 - tf.abs(at[:, :, None] - tf.range(size, dtype=dtype)))

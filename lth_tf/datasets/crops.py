@@ -1,4 +1,4 @@
-"""What augmentation draws: a function of (seed, step, place in the global batch), of nothing else.
+"""What augmentation draws: a function of (seed, step, position in the global batch) alone.
 
 Neither the device, XLA, the number of replicas nor what was drawn before has a say, so
 any step is reached without replay. Memory and streams draw the same numbers.
@@ -15,7 +15,7 @@ BOX = 2 * TRIES + 2  # numbers that a box takes
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def uniform(seed: Any, step: Any, places: Any, count: int) -> Any:
+def uniform(seed: Any, step: Any, positions: Any, count: int) -> Any:
     """Returns numbers from 0 to 1 (excluded), multiples of 2^-24, as float32 [n, count].
 
     SplitMix64 (Steele, Lea and Flood 2014), started at a hash of seed and step. TensorFlow's
@@ -23,13 +23,13 @@ def uniform(seed: Any, step: Any, places: Any, count: int) -> Any:
 
     Args:
       seed, step: integers or tensors [].
-      places: of the examples in the global batch, integers [n].
+      positions: of the examples in the global batch, integers [n].
       count: how many numbers for each of them.
     """
     golden = tf.constant(_GOLDEN, tf.uint64)
-    seed, step, places = (_uint64(value) for value in (seed, step, places))
+    seed, step, positions = (_uint64(value) for value in (seed, step, positions))
     key = _mix(_mix(seed + golden) + step)
-    at = places[:, None] * tf.constant(count, tf.uint64) + _uint64(tf.range(1, count + 1))
+    at = positions[:, None] * tf.constant(count, tf.uint64) + _uint64(tf.range(1, count + 1))
     top = tf.bitwise.right_shift(_mix(key + at * golden), tf.constant(40, tf.uint64))
     return tf.cast(tf.cast(top, tf.int32), tf.float32) * 2.0**-24
 

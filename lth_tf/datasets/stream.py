@@ -70,16 +70,16 @@ def cut(shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[Shard]]:
     ([Shard(path='a', first=0, length=3)], [Shard(path='a', first=3, length=2), \
 Shard(path='b', first=0, length=5)])
     """
-    kept, held = [], []
+    rest, held = [], []
     left = size(shards) - count
     for path, first, length in shards:
         here = min(left, length)
         left -= here
         if here:
-            kept.append(Shard(path, first, here))
+            rest.append(Shard(path, first, here))
         if here < length:
             held.append(Shard(path, first + here, length - here))
-    return kept, held
+    return rest, held
 
 
 def lanes(shards: Sequence[Shard], batch: int) -> int:
@@ -114,14 +114,14 @@ def training(
     seed: int,
     step: int,
     resized: bool,
-    place: tuple[int, int] = (0, 1),
+    worker_of: tuple[int, int] = (0, 1),
 ) -> Any:
     """Returns a worker's share of the training batches from step `step` on, without end.
 
     An epoch has floor(n / batch) steps: as many as its lanes have, each of floor(n / G)
-    records of which a step takes batch / G. Worker w of W has the places w * batch / W up to
+    records of which a step takes batch / G. Worker w of W has the positions w * batch / W up to
     (w + 1) * batch / W - 1 of each batch and reads the lanes that these belong to. Where W
-    does not divide G, workers have lanes in common: both read it, each decodes its places.
+    does not divide G, workers have lanes in common: both read it, each decodes its positions.
 
     Args:
       dataset: the shape of its images.
@@ -130,7 +130,7 @@ def training(
       seed, step: which batches.
       resized: whether images are random parts, see `crops.boxes`, half of them mirrored; as
         `feeds.augment` draws them. Else they are the middle; see `decode`.
-      place: the number w of this worker, and how many there are, which divides `batch`.
+      worker_of: the number w of this worker, and how many there are, which divides `batch`.
 
     Returns:
       A tf.data.Dataset of uint8 [batch / W, h, w, c], int32 [batch / W].
@@ -138,14 +138,14 @@ def training(
     from lth_tf.compat import tf
     from lth_tf.datasets import crops
 
-    count, (worker, workers) = lanes(shards, batch), place
+    count, (worker, workers) = lanes(shards, batch), worker_of
     each, share = batch // count, batch // workers
     first, end = worker * count // workers, -(-(worker + 1) * count // workers)
     start = worker * share - first * each  # of the share, in what is read for a step
 
     def numbers(step: Any) -> Any:
-        places = worker * share + tf.range(share)
-        return crops.uniform(seed % 2**64, step, places, crops.BOX + 1)
+        positions = worker * share + tf.range(share)
+        return crops.uniform(seed % 2**64, step, positions, crops.BOX + 1)
 
     def mine(i: Any, _: Any) -> Any:
         at = i % ((end - first) * each)
@@ -168,7 +168,7 @@ def training(
 
 
 def evaluation(
-    dataset: Streamed, shards: Sequence[Shard], batch: int, place: tuple[int, int] = (0, 1)
+    dataset: Streamed, shards: Sequence[Shard], batch: int, worker_of: tuple[int, int] = (0, 1)
 ) -> Any:
     """Returns the middle of a worker's images, see `decode`, in an order that never changes.
 
@@ -179,7 +179,7 @@ def evaluation(
       dataset: the shape of its images.
       shards: n records.
       batch: examples per block, of all workers.
-      place: (w, W).
+      worker_of: (w, W).
 
     Returns:
       A tf.data.Dataset of uint8 [batch / W, h, w, c], int32 [batch / W], filled up with black
@@ -187,7 +187,7 @@ def evaluation(
     """
     from lth_tf.compat import tf
 
-    n, (worker, workers) = size(shards), place
+    n, (worker, workers) = size(shards), worker_of
     before, after = (n * w // workers for w in (worker, worker + 1))
     own = cut(cut(shards, n - after)[0], after - before)[1]
     blank = tf.zeros(dataset.input_shape, tf.uint8), tf.constant(-1)

@@ -47,7 +47,7 @@ class Laboratory:
     Args:
       spec: the experiment.
       workdir: its folder.
-      dataset: images and labels.
+      dataset: inputs and labels.
       strategy: the replicas to train on.
       asked: whether to stop, see `checkpoints.terminations`.
       trunk: another workdir, with the same dense network; see `trunk.take`.
@@ -178,8 +178,8 @@ class Laboratory:
             try:
                 trained = self._train(folder, ticket, start, stop, capture, what)
             except UserError as error:
-                kept = "what is finished is kept"
-                more = "" if kept in str(error) else f"; {kept}"
+                finished = "what is finished is kept"
+                more = "" if finished in str(error) else f"; {finished}"
                 raise type(error)(f"{what}: {error}{more}") from error
             weights, rows = trained.weights, trained.rows
             self.write(lambda: self._save(folder, ticket, trained))

@@ -45,36 +45,36 @@ class Batches(Sequence):
     """Micro-batches of examples to score on, each scaled when it is asked for.
 
     Args:
-      images: uint8 [n, h, w, c].
+      inputs: [n, ...], as the data set has them.
       labels: int32 [n].
       spec: score_batch_size and scaling.
       dataset: mean and standard deviation.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, spec: Spec, dataset: Any):
+    def __init__(self, inputs: np.ndarray, labels: np.ndarray, spec: Spec, dataset: Any):
         count = -(-len(labels) // spec.score_batch_size)
-        self.images, self.labels = np.array_split(images, count), np.array_split(labels, count)
+        self.inputs, self.labels = np.array_split(inputs, count), np.array_split(labels, count)
         self.spec, self.dataset = spec, dataset
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: Any) -> Any:
-        x = scaling.scaled(self.images[i], self.dataset, self.spec)
+        x = scaling.scaled(self.inputs[i], self.dataset, self.spec)
         return x.numpy(), self.labels[i]
 
 
 def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
-    """Returns the examples to score on, (images as the network takes them, int32 labels).
+    """Returns the examples to score on, (inputs as the network takes them, int32 labels).
 
     They are of the training part, without augmentation.
     """
     if isinstance(dataset, Streamed):
-        images, labels = _first_of_each(spec, dataset, seed)
+        inputs, labels = _first_of_each(spec, dataset, seed)
     else:
-        images, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
+        inputs, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
     chosen = balanced(labels, dataset.classes, spec.samples_per_class, seed)
-    return Batches(images[chosen], labels[chosen], spec, dataset)
+    return Batches(inputs[chosen], labels[chosen], spec, dataset)
 
 
 def _first_of_each(
@@ -82,16 +82,16 @@ def _first_of_each(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first samples_per_class examples of each class in the order of `feeds.walk`."""
     taken = np.zeros(dataset.classes, int)
-    images, labels = [], []
+    inputs, labels = [], []
     for some, kinds in feeds.walk(dataset, spec.validation_size, spec.score_batch_size, seed):
-        for image, label in zip(some, kinds, strict=True):
+        for one, label in zip(some, kinds, strict=True):
             if taken[label] < spec.samples_per_class:
                 taken[label] += 1
-                images.append(image)
+                inputs.append(one)
                 labels.append(label)
         if (taken == spec.samples_per_class).all():
             break
-    return np.stack(images), np.array(labels, np.int32)
+    return np.stack(inputs), np.array(labels, np.int32)
 
 
 def options(spec: Spec, seed: int) -> dict[str, Any]:

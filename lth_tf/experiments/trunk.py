@@ -19,7 +19,7 @@ from lth_tf.training import checkpoints
 def trunk_fields(spec: Spec) -> dict[str, Any]:
     """Returns what the dense training depends on: name -> value.
 
-    Besides fields of Spec that is `rewind_at`: the step whose weights a trunk must have kept.
+    Besides fields of Spec that is `rewind_at`: the step whose weights a trunk must have saved.
     """
     names = fields_of(role="training", grows=False)
     return {name: getattr(spec, name) for name in names} | {"rewind_at": spec.rewind_at}
@@ -31,8 +31,8 @@ def spec(run: Spec) -> Spec:
     Equal for all experiments with equal `trunk_fields`, replicates and TensorBoard logs.
     """
     names = [*fields_of(role="training"), *fields_of(role="course")]
-    kept = {name: getattr(run, name) for name in names}
-    return Spec(recipe="imp", levels=0, rewind_step=float(run.rewind_at), **kept)
+    values = {name: getattr(run, name) for name in names}
+    return Spec(recipe="imp", levels=0, rewind_step=float(run.rewind_at), **values)
 
 
 def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]) -> bool:
@@ -64,7 +64,7 @@ def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     for log in sorted((source / "tensorboard").rglob("*")):
         if log.is_file():
-            _place(log, folder / log.relative_to(source))
+            _link(log, folder / log.relative_to(source))
     for name in sorted(files, key=lambda name: name == "trained.safetensors"):
         if name == "rewind.safetensors":  # a ticket, which names its experiment
             there = load_ticket(source / name)
@@ -72,7 +72,7 @@ def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]
                 folder / name
             )
         else:
-            _place(source / name, folder / name)
+            _link(source / name, folder / name)
     checkpoints.clear(folder)
     return True
 
@@ -89,7 +89,7 @@ def _require_same(theirs: Ticket, mine: Ticket, source: Path) -> None:
         )
 
 
-def _place(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path) -> None:
     """Makes `target` the same file as `source`; across file systems a copy."""
     with storage.explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ def score(
     function = _with_options(scorer, options)
     pruning.require_model(model)
     with pruning.plain(model) as plain:
-        return function(plain, _values(plain), _kept(batches), **options)
+        return function(plain, _values(plain), _walked_again(batches), **options)
 
 
 def one_shot_mask(
@@ -138,12 +138,12 @@ def one_shot_mask(
             f"model {model.name!r} is pruned already, and one_shot_mask starts from a dense one; "
             "to prune it further rank score(model, ...) within=get_mask(model)"
         )
-    initial, reused, kept = _values(model), Reused(model), _kept(batches)
+    initial, reused, parts = _values(model), Reused(model), _walked_again(batches)
     mask: Mask | None = None
     rounds = SCORERS.about(scorer).rounds if rounds is None else rounds
     for at in schedules.round_densities(density, rounds, schedule):
         now = initial if mask is None else masks.apply(mask, initial)
-        scores = function(reused, now, kept, **options)
+        scores = function(reused, now, parts, **options)
         if transform:
             scores = {name: transform(s) for name, s in scores.items()}
         mask = choose(scores, at, within=mask, min_per_layer=min_per_layer)
@@ -155,7 +155,7 @@ def _values(plain: Any) -> dict[str, np.ndarray]:
     return {name: v.numpy() for name, v in pruning.kernels(plain).items()}
 
 
-def _kept(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
+def _walked_again(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
     """What can be walked again and gives the same, shuffled or not; sequences are taken as such."""
     return batches if batches is None or isinstance(batches, Sequence) else list(batches)
 

@@ -16,12 +16,12 @@ from lth_tf import masks, storage
 from lth_tf.errors import UserError
 from lth_tf.training.trainer import Interrupted, State
 
-KEPT = 2
+NEWEST = 2
 _PATTERN = "checkpoint_*.safetensors"
 
 
 def save(folder: Path, state: State) -> None:
-    """Writes a state, and deletes all but the last KEPT.
+    """Writes a state, and deletes all but the NEWEST last ones.
 
     Raises:
       UserError: the file cannot be written.
@@ -30,7 +30,7 @@ def save(folder: Path, state: State) -> None:
     path = folder / f"checkpoint_{state.step:09d}.safetensors"
     storage.write_tensors(path, variables, {"format": "checkpoint", **about})
     with storage.explained(folder):
-        for old in sorted(folder.glob(_PATTERN))[:-KEPT]:
+        for old in sorted(folder.glob(_PATTERN))[:-NEWEST]:
             old.unlink()
 
 
@@ -97,7 +97,7 @@ class Asked:
 
     @contextlib.contextmanager
     def patiently(self) -> Iterator[None]:
-        """Within, the process is not ended at once, for there is a state to be kept."""
+        """Within, the process is not ended at once, for there is a state to be saved."""
         self._patient = True
         try:
             yield

@@ -1,6 +1,6 @@
 """Batches as a function of (seed, step): nothing is shuffled in place, nothing is replayed.
 
-Where the training images lie in device memory, as uint8, a step gathers its batch by index;
+Where the training inputs lie in device memory, a step gathers its batch by index;
 others are streamed, see `datasets.stream`. It is scaled in the graph, and any number of
 replicas see the same examples.
 """
@@ -51,13 +51,13 @@ def batch_indices(seed: int, first: int, count: int, n: int, batch: int) -> np.n
     per_epoch = n // batch
     rows = []
     for step in range(first, first + count):
-        epoch, place = divmod(step, per_epoch)
-        rows.append(epoch_order(seed, epoch, n)[place * batch : (place + 1) * batch])
+        epoch, turn = divmod(step, per_epoch)
+        rows.append(epoch_order(seed, epoch, n)[turn * batch : (turn + 1) * batch])
     return np.stack(rows)
 
 
 def split(dataset: Dataset, validation_size: int, seed: int) -> dict[str, tuple]:
-    """Returns 'train', 'validation' and 'test' as (uint8 images, int32 labels).
+    """Returns 'train', 'validation' and 'test' as (inputs, labels).
 
     The validation examples are drawn from the training set by `seed`.
 
@@ -103,7 +103,7 @@ def walk(
     """Yields the training part once, in an order drawn by `seed`, without augmentation.
 
     Yields:
-      uint8 images [b, h, w, c] and int32 labels [b]; b is `batch`, in the end what is left.
+      uint8 inputs [b, h, w, c] and int32 labels [b]; b is `batch`, in the end what is left.
 
     Raises:
       UserError: a record cannot be read or decoded.
@@ -135,7 +135,7 @@ class Resident:
     `batch` or `examples` make network input of those on each replica.
 
     Args:
-      dataset: images and labels.
+      dataset: inputs and labels.
       spec: batch size, validation size, scaling, augmentation, precision.
       strategy: whose replicas share a batch.
 
@@ -153,7 +153,7 @@ class Resident:
         self.dataset, self.spec, self.strategy = dataset, spec, strategy
         parts = split(dataset, spec.validation_size, spec.seed)
         self.sizes = {name: len(labels) for name, (_, labels) in parts.items()}
-        self._parts = {name: place(arrays, strategy) for name, arrays in parts.items()}
+        self._parts = {name: on_devices(arrays, strategy) for name, arrays in parts.items()}
         self._most = min(CHUNK, spec.eval_every)
 
     def begin(self, step: int, end: int, seed: int) -> tuple:
@@ -167,15 +167,15 @@ class Resident:
 
     def take(self, source: tuple, i: Any) -> tuple:
         """Returns the data of the i-th step, out of what `begin` returned."""
-        images, labels, indices = source
-        return images, labels, indices[i]
+        inputs, labels, indices = source
+        return inputs, labels, indices[i]
 
     def batch(self, taken: tuple, seed: Any, step: Any) -> tuple[Any, Any]:
-        """Returns a replica's share of a training batch: scaled, augmented images; labels."""
-        images, labels, chosen = taken
+        """Returns a replica's share of a training batch: scaled, augmented inputs; labels."""
+        inputs, labels, chosen = taken
         first, share = _share(self.strategy, self.spec.batch_size)
         chosen = chosen[first : first + share]
-        x = scaled(tf.gather(images, chosen), self.dataset, self.spec)
+        x = scaled(tf.gather(inputs, chosen), self.dataset, self.spec)
         x = augment(x, self.spec.augmentation, seed, step, first)
         return x, tf.gather(labels, chosen)
 
@@ -192,14 +192,14 @@ class Resident:
         return (*source, i)
 
     def examples(self, taken: tuple, name: str) -> tuple[Any, Any, Any]:
-        """Returns a replica's share of a block: scaled images, labels, which of them count."""
-        images, labels, i = taken
+        """Returns a replica's share of a block: scaled inputs, labels, which of them count."""
+        inputs, labels, i = taken
         n = self.sizes[name]
         share = math.ceil(n / self.blocks(name) / self.strategy.num_replicas_in_sync)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         chosen = (i * self.strategy.num_replicas_in_sync + replica) * share + tf.range(share)
         within = tf.minimum(chosen, n - 1)
-        x = scaled(tf.gather(images, within), self.dataset, self.spec)
+        x = scaled(tf.gather(inputs, within), self.dataset, self.spec)
         return x, tf.gather(labels, within), chosen < n
 
     def reading(self) -> contextlib.AbstractContextManager:
@@ -221,9 +221,9 @@ class Streaming:
         self.dataset, self.spec, self.strategy = dataset, spec, strategy
         self._shards = shards(dataset, spec.validation_size)
         self.sizes = {name: stream.size(found) for name, found in self._shards.items()}
-        self._place = index_and_count(strategy)
+        self._worker = index_and_count(strategy)
         self._evaluations = {
-            name: stream.evaluation(dataset, found, spec.batch_size, self._place)
+            name: stream.evaluation(dataset, found, spec.batch_size, self._worker)
             for name, found in self._shards.items()
         }
         self._resized = spec.augmentation == "resized_crop"
@@ -237,7 +237,7 @@ class Streaming:
             self._iterator = None  # its buffers go before there are new ones
             train, batch = self._shards["train"], self.spec.batch_size
             found = stream.training(
-                self.dataset, train, batch, seed, step, self._resized, self._place
+                self.dataset, train, batch, seed, step, self._resized, self._worker
             )
             self._iterator = iter(found)
         self._at = seed, end
@@ -248,9 +248,9 @@ class Streaming:
         return source[0].get_next()
 
     def batch(self, taken: tuple, seed: Any, step: Any) -> tuple[Any, Any]:
-        """Returns a replica's share of a training batch: scaled, augmented images; labels."""
-        images, labels, first = self._part(taken)
-        x = scaled(images, self.dataset, self.spec)
+        """Returns a replica's share of a training batch: scaled, augmented inputs; labels."""
+        inputs, labels, first = self._part(taken)
+        x = scaled(inputs, self.dataset, self.spec)
         kind = "none" if self._resized else self.spec.augmentation
         return augment(x, kind, seed, step, first), labels
 
@@ -265,18 +265,18 @@ class Streaming:
     block = take
 
     def examples(self, taken: tuple, name: str) -> tuple[Any, Any, Any]:
-        """Returns a replica's share of a block: scaled images, labels, which of them count."""
-        images, labels, _ = self._part(taken)
-        x = scaled(images, self.dataset, self.spec)
+        """Returns a replica's share of a block: scaled inputs, labels, which of them count."""
+        inputs, labels, _ = self._part(taken)
+        x = scaled(inputs, self.dataset, self.spec)
         return x, tf.maximum(labels, 0), labels >= 0
 
     def _part(self, taken: tuple) -> tuple[Any, Any, Any]:
         first, share = _share(self.strategy, self.spec.batch_size)
-        worker, workers = self._place
+        worker, workers = self._worker
         here = first - worker * (self.spec.batch_size // workers)  # in what this worker has
         with tf.device("cpu:0"):  # other replicas' examples need not travel to this one's device
-            images, labels = (array[here : here + share] for array in taken)
-        return images, labels, first
+            inputs, labels = (array[here : here + share] for array in taken)
+        return inputs, labels, first
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -302,7 +302,7 @@ def _share(strategy: Any, size: int) -> tuple[int, int]:
     return tf.distribute.get_replica_context().replica_id_in_sync_group * share, share
 
 
-def place(arrays: tuple, strategy: Any) -> tuple:
+def on_devices(arrays: tuple, strategy: Any) -> tuple:
     """Copies arrays to the memory of each of the strategy's devices here, once."""
     # The default strategy does not tell its device.
     several = strategy.num_replicas_in_sync > 1

@@ -42,7 +42,7 @@ class Reduction:
         """Returns the indices of what is packed, int32 [k] on each replica; None: add up all."""
         if not self._packs(mask):
             return None
-        return feeds.place((self._indices(mask),), self._strategy)[0]
+        return feeds.on_devices((self._indices(mask),), self._strategy)[0]
 
     def bytes(self, mask: Mask) -> int:
         """Returns the bytes that a replica gives to be added up in each step."""
