@@ -32,10 +32,16 @@ FIRST_HOUR = [
         ["scorers/baselines.py", "scorers/snip.py", "scorers/grasp.py", "scorers/synflow.py"],
         "a formula each",
     ),
-    (["pruning/models.py"], "`MaskedLayer`, `prune`, `set_mask`, the invariant"),
+    (
+        ["pruning/masked.py", "pruning/models.py"],
+        "`MaskedLayer`; `prune`, `set_mask`, the invariant",
+    ),
     (["callbacks/rewind.py"], "the one door by which weights enter a model"),
     (["tickets.py"], "mask + start weights, and the file"),
-    (["experiments/recipes.py", "experiments/branches.py"], "the recipes, and their controls"),
+    (
+        ["recipes/record.py", "recipes/imp.py", "recipes/one_shot.py", "experiments/branches.py"],
+        "the recipes, and their controls",
+    ),
 ]
 SECOND_HOUR = [
     (["spec.py", "schedules.py"], "one experiment as a value; densities and rates over time"),
