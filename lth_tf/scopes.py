@@ -26,9 +26,8 @@ addition to it). A density that keeps no weight at all is always an error.
 
 from __future__ import annotations
 
-import fnmatch
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 
@@ -50,24 +49,6 @@ def count(density: float, n: int) -> int:
     (3, 53240)
     """
     return int(np.floor(density * n + 0.5))
-
-
-def protected(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Returns which kernels are kept out of pruning: those that fit a name or pattern.
-
-    Raises:
-      UserError: a pattern fits no kernel.
-
-    >>> protected(["*shortcut*"], ["conv/kernel", "shortcut/kernel"])
-    ['shortcut/kernel']
-    """
-    names = list(names)
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(
-                f"protect {pattern!r} fits no kernel; the kernels are {', '.join(names)}"
-            )
-    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
 def top_k(scores: np.ndarray, k: int, eligible: np.ndarray | None = None) -> np.ndarray:

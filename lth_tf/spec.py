@@ -1,4 +1,7 @@
-"""Spec: one frozen value that says all of an experiment. Flags and tickets are made from it."""
+"""Spec: one frozen value that says all of an experiment. Flags and tickets are made from it.
+
+Longer than other files, for half of it is the list of its fields.
+"""
 
 from __future__ import annotations
 
@@ -305,6 +308,15 @@ class Spec:
                 raise UserError(
                     f"{field.name} has no meaning for the recipe {self.recipe!r}, only for {only}"
                 )
+        # In the order of their levels, whatever the order that they were given in.
+        object.__setattr__(self, "density", tuple(sorted(self.density, reverse=True)))
+        object.__setattr__(self, "scorer_options", tuple(sorted(self.scorer_options)))
+        self._require_retraining()
+        self._require_training()
+        self._require_scoring()
+
+    def _require_retraining(self) -> None:
+        """Raises UserError unless steps and weights to go back to are said once, and exist."""
         if self.rewind_step >= 1 and self.rewind_step != int(self.rewind_step):
             raise UserError(
                 f"rewind_step {self.rewind_step} is neither a whole step nor a fraction below 1"
@@ -340,6 +352,9 @@ class Spec:
                 f"rewind_step {self.rewind_step:g} has no meaning for --retrain={self.retrain}, "
                 "which keeps the trained weights; use retrain_steps"
             )
+
+    def _require_training(self) -> None:
+        """Raises UserError where schedule, controls or devices contradict each other."""
         if self.lr_schedule == "steps" and not self.lr_drops:
             raise UserError("lr_schedule 'steps' needs lr_drops, e.g. --lr_drops=20000,25000")
         if self.lr_schedule != "steps" and self.lr_drops:
@@ -353,14 +368,14 @@ class Spec:
             raise UserError("devices has no meaning for --distribute=none; use mirrored")
         if self.workers and self.distribute != "multi_worker":
             raise UserError("workers needs --distribute=multi_worker")
-        # In the order of their levels, whatever the order that they were given in.
-        object.__setattr__(self, "density", tuple(sorted(self.density, reverse=True)))
+
+    def _require_scoring(self) -> None:
+        """Raises UserError for options of another scorer, and for densities given twice."""
         for field in dataclasses.fields(self):
             scorer, value = field.metadata.get("scorer", self.scorer), getattr(self, field.name)
             if scorer != self.scorer and value != field.default:
                 shown = f"{value:g}" if isinstance(value, float) else repr(value)
                 raise UserError(f"{field.name} {shown} needs --scorer={scorer}")
-        object.__setattr__(self, "scorer_options", tuple(sorted(self.scorer_options)))
         if not self.density or len(set(self.density)) < len(self.density):
             raise UserError(f"density {list(self.density)} must name different densities")
 

@@ -13,7 +13,8 @@ from lth_tf.datasets.stream import Shard, Streamed
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
 from lth_tf.recipes import one_shot
-from lth_tf.scopes import SCOPES, count, protected
+from lth_tf.recipes.record import protected
+from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import LOSSES, SCORERS, score
 from lth_tf.spec import Spec, owners
 from lth_tf.tickets import Ticket

@@ -8,8 +8,8 @@ from typing import Any
 
 from lth_tf import schedules
 from lth_tf.errors import UserError
-from lth_tf.recipes.record import Levels, Recipe
-from lth_tf.scopes import count, protected
+from lth_tf.recipes.record import Levels, Recipe, protected
+from lth_tf.scopes import count
 
 
 def levels(

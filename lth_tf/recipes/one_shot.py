@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lth_tf.errors import UserError
-from lth_tf.recipes.record import Levels, Recipe
-from lth_tf.scopes import SCOPES, count, protected
+from lth_tf.recipes.record import Levels, Recipe, protected
+from lth_tf.scopes import SCOPES, count
 
 
 def levels(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lth_tf.errors import UserError
 from lth_tf.registry import Registry
 
 
@@ -65,3 +67,21 @@ class Recipe:
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
+
+
+def protected(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Returns which kernels are kept out of pruning: those that fit a name or pattern.
+
+    Raises:
+      UserError: a pattern fits no kernel.
+
+    >>> protected(["*shortcut*"], ["conv/kernel", "shortcut/kernel"])
+    ['shortcut/kernel']
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"protect {pattern!r} fits no kernel; the kernels are {', '.join(names)}"
+            )
+    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from lth_tf import masks, storage
 from lth_tf.errors import UserError
-from lth_tf.training.trainer import Interrupted, State
+from lth_tf.training.states import Interrupted, State
 
 NEWEST = 2
 _PATTERN = "checkpoint_*.safetensors"

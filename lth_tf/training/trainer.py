@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lth_tf import distribute, models, pruning, schedules
 from lth_tf.callbacks import Rewind
-from lth_tf.callbacks.rewind import optimizer_state
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
@@ -20,66 +19,14 @@ from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
 from lth_tf.spec import Spec
 from lth_tf.tasks import TASKS
-from lth_tf.training import feeds
+from lth_tf.training import feeds, states
 from lth_tf.training.feeds import CHUNK
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
 from lth_tf.training.reduction import Reduction
+from lth_tf.training.states import DivergedError, Interrupted, State, Trained
 
 _SECONDS = 5.0  # most that steps between two looks at whether to stop should take
 _PACE = 32  # as many are done at first
-
-class DivergedError(UserError):
-    """The loss is NaN or infinite."""
-
-
-class Interrupted(UserError):
-    """A training was asked to stop before its end."""
-
-    code = 143  # what a shell says of a process that SIGTERM has ended
-
-
-@dataclasses.dataclass
-class State:
-    """How far a training is; with variables and mask all that it needs to go on from there.
-
-    Attributes:
-      step: the next one.
-      since: the step of the last evaluation.
-      total: the sum of the losses of the steps since then, float64.
-      rows: the evaluations so far; see `Trained`.
-      seconds: how long it took.
-      variables: name -> array: weights and optimizer; BatchNormalization's moving
-        statistics of each replica.
-      mask: kernel name -> 0/1 array, the one in force; None: the one it began with.
-    """
-
-    step: int
-    since: int
-    total: float
-    rows: Sequence[dict[str, Any]]
-    seconds: float
-    variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    mask: Mask | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a training leaves.
-
-    Attributes:
-      weights: path -> array, at the end.
-      rows: a dict per evaluation: step, loss (mean over the steps since the last
-        evaluation), validation and test loss and metric (None where the test part
-        was not looked at), learning_rate, seconds since the beginning.
-      captured: the weights at the step asked for, or None.
-      mask: kernel name -> 0/1 array, the one in force at the end.
-    """
-
-    weights: Weights
-    rows: list[dict[str, Any]]
-    captured: Weights | None
-    mask: Mask
-
 
 @dataclasses.dataclass
 class _Course:
@@ -296,7 +243,7 @@ class Trainer:
         if state:
             course.state = dataclasses.replace(state, rows=list(state.rows))
             course.began -= state.seconds
-            self._restore(state)
+            states.restore(state, self.model, self.optimizer, self.strategy)
         else:
             self._row(course, None, last=stop == start)
         while course.state.step < stop and not self.model.stop_training:
@@ -346,7 +293,7 @@ class Trainer:
                     state,
                     rows=tuple(state.rows),
                     seconds=course.seconds(),
-                    variables=self._variables(),
+                    variables=states.read(self.model, self.optimizer, self.strategy),
                     mask=pruning.get_mask(self.model),
                 )
             )
@@ -396,46 +343,6 @@ class Trainer:
         stops, pace = self.workers.add([np.array(mine)])[0]
         self._pace = int(pace)
         return stops > 0
-
-    def _variables(self) -> dict[str, np.ndarray]:
-        """Returns all that training changes: what replicas share, then each replica's own."""
-        shared: dict[str, np.ndarray] = {}
-        own: dict[str, np.ndarray] = {}
-        first = distribute.first_replica(self.strategy)
-        for name, variable in self._changed():
-            if distribute.is_own(variable):
-                values = enumerate(variable.values, first)
-                own |= {f"replica_{i}/{name}": value.numpy() for i, value in values}
-            else:
-                shared[name] = variable.numpy()
-        for arrays, _ in self.workers.each((own, None)):
-            shared |= arrays
-        return shared
-
-    def _restore(self, state: State) -> None:
-        if state.mask is not None:  # it may have moved since the beginning
-            pruning.set_mask(self.model, state.mask, self.optimizer)
-        first = distribute.first_replica(self.strategy)
-        for name, variable in self._changed():
-            own = distribute.is_own(variable)
-            for i, part in enumerate(variable.values if own else [variable], first):
-                key = f"replica_{i}/{name}" if own else name
-                if key not in state.variables:
-                    raise UserError(
-                        f"the checkpoint of step {state.step} lacks {key!r}: another version of "
-                        "lth_tf wrote it; delete the level's checkpoint_* files to train it anew"
-                    )
-                part.assign(state.variables[key])
-
-    def _changed(self) -> Iterator[tuple[str, Any]]:
-        """Yields a name and the variable for each that training changes."""
-        for name, variable in pruning.weights(self.model).items():
-            yield f"weights/{name}", variable
-        for i, variable in enumerate(optimizer_state(self.optimizer)):
-            yield f"optimizer/{i:04d}", variable
-        rate = pruning.inner_optimizer(self.optimizer)._learning_rate  # a callback may change it
-        if isinstance(rate, tf.Variable):
-            yield "optimizer/learning_rate", rate
 
     def _row(self, course: _Course, loss: float | None, last: bool) -> None:
         """Evaluates, and writes a row; `loss` is None at the beginning of a training."""
