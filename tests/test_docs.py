@@ -14,9 +14,12 @@ import tables
 
 import lth_tf.flags
 from lth_tf import datasets, experiments
+from lth_tf.bench import MEASUREMENTS
 from lth_tf.exporters import EXPORTERS
 from lth_tf.flags import REGISTRIES
 from lth_tf.models import MODELS
+from lth_tf.recipes import RECIPES
+from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -166,10 +169,11 @@ def given(home, monkeypatch):
     monkeypatch.chdir(home)
     for registry in REGISTRIES.values():
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        monkeypatch.setattr(registry, "_said", dict(registry._said))
     model = MODELS["lenet_300_100"]((8, 8, 1), 10, seed=0)
     digits = datasets.load("digits")
     chosen = np.concatenate([np.flatnonzero(digits.train_labels == c)[:10] for c in range(10)])
-    x, y = (digits.train_images[chosen] / 255).astype(np.float32), digits.train_labels[chosen]
+    x, y = (digits.train_inputs[chosen] / 255).astype(np.float32), digits.train_labels[chosen]
     return {"model": model, "x": x, "y": y, "batches": [(x, y)]}
 
 
@@ -202,6 +206,7 @@ TOOLS = {"launch_local": "launch_local"} | {
     if config.read(ROOT / "setup.cfg")
     for line in config["options.entry_points"]["console_scripts"].strip().splitlines()
 }
+RECIPE_OF = {record.tool: name for name, record in RECIPES.items()}
 COMMAND = re.compile(rf"(?:python -m lth_tf\.tools\.)?({'|'.join(TOOLS)})(?= |$)([^;#`]*)")
 
 
@@ -220,7 +225,8 @@ def commands(text):
 def own_flags(tool):
     """Names of the flags that a tool defines itself."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / "tools" / f"{TOOLS[tool]}.py").read_text())):
+    file = "experiment" if tool in RECIPE_OF else TOOLS[tool]
+    for node in ast.walk(ast.parse((ROOT / "tools" / f"{file}.py").read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("flags.DEFINE_"):
             found.add(ast.literal_eval(node.args[0]))
     assert found
@@ -235,12 +241,9 @@ def require_flags(tool, words):
         words, rest = words[:at], words[at + 1 :]
     if tool == "launch_local":
         require_flags(rest[0], rest[1:])
-    recipe = {"lth-imp": "imp", "lth-oneshot": "one_shot"}.get(tool)
+    recipe = RECIPE_OF.get(tool)
     if tool == "lth-bench":
-        source = (ROOT / "tools" / "bench.py").read_text()
-        command = words.pop(0)
-        assert command in ast.literal_eval(re.search(r"COMMANDS = (.+)", source)[1]), command
-        recipe = "one_shot" if command == "score" else "imp"
+        recipe = MEASUREMENTS[words.pop(0)].recipe
     own, given = own_flags(tool), []
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
@@ -267,8 +270,18 @@ def require_value(name, value):
         assert value in EXPORTERS, value
 
 
+@pytest.fixture
+def fisher():
+    """The worked scorer, in the registry."""
+    given = {}
+    exec(next(c.values[0] for c in BLOCKS if "def fisher(" in c.values[0]), given)
+    SCORERS.register("fisher")(given["fisher"])
+    yield
+    SCORERS.remove("fisher")
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_parse(page):
+def test_commands_parse(page, fisher):
     for tool, words in commands(PAGES[page]):
         try:
             require_flags(tool, list(words))
@@ -282,7 +295,8 @@ SLURM = {"signal", "gpus-per-task"}
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
     known = {field.name for field in dataclasses.fields(Spec)} | SLURM
-    known |= {"preset", "flagfile", "compression", "help"}.union(*map(own_flags, TOOLS))
+    known |= {"preset", "flagfile", "compression", "help", "fisher_power"}
+    known = known.union(*map(own_flags, TOOLS))
     for span in re.findall(r"`(--[a-z][^`]*)`", FENCED.sub("", PAGES[page])):
         name = re.match(r"--([\w-]+)", span)[1]
         assert name in known, f"{page} names --{name}"

@@ -38,6 +38,12 @@ def scale(
 
     standard: (x / 255 - mean) / std per channel; unit: x / 255; l2: x / 255, then each
     image divided by its L2 norm (as Frankle's public MNIST code does).
+
+    Args:
+      images: uint8 [n, h, w, c].
+      kind: standard, unit or l2.
+      mean, std: per channel, of pixels from 0 to 1.
+      dtype: of the result.
     """
     x = tf.cast(images, dtype) / tf.constant(255, dtype)
     if kind == "standard":

@@ -1,7 +1,7 @@
 """Branches: controls run off a ticket.
 
-A branch is a function (ticket, start, dataset) -> ticket; `start` are the weights, path ->
-array, that the ticket's were cut out of.
+A branch is a function (`ticket`, `start`, `dataset`) -> ticket: the ticket that it is run off, the
+weights, path -> array, that the ticket's were cut out of, and where examples to score on come from.
 """
 
 from __future__ import annotations

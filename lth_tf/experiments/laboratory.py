@@ -164,6 +164,14 @@ class Laboratory:
         Writes checkpoints, TensorBoard logs, the weights at step `capture` as
         rewind.safetensors, metrics.csv, and last, as the mark that all is there,
         trained.safetensors. A training that was interrupted goes on from its last checkpoint.
+
+        Args:
+          folder: where they are written.
+          ticket: what is trained.
+          capture: a step, or None.
+
+        Raises:
+          UserError: see `Trainer.train`; or a file cannot be written.
         """
         replicate, arm = ticket.origin["replicate"], ticket.origin["arm"]
         what = f"replicate {replicate} level {ticket.level} {arm}"
@@ -276,7 +284,14 @@ class Laboratory:
         return Ticket(mask, weights, 0, 0, origin, spec)
 
     def prune(self, ticket: Ticket, trained: Mapping, start: Mapping, level: int) -> Ticket:
-        """Returns the next level's ticket: magnitudes of `trained`, weights from `start`."""
+        """Returns the next level's ticket, by the magnitudes of trained weights.
+
+        Args:
+          ticket: the last level's.
+          trained: path -> array, what its training ended with.
+          start: path -> array, the weights that the new ticket is cut out of.
+          level: the new ticket's.
+        """
         kernels = {name: trained[name] for name in ticket.mask}
         scores = SCORERS["magnitude"](None, kernels, None)
         mask: Mask = SCOPES[self.spec.scope](
@@ -304,7 +319,13 @@ class Laboratory:
         return ticket
 
     def branches(self, folder: Path, ticket: Ticket, start: Mapping) -> None:
-        """Trains the ticket's controls, each in a folder inside the ticket's."""
+        """Trains a ticket's controls, each in a folder inside the ticket's.
+
+        Args:
+          folder: the ticket's.
+          ticket: what they are run off.
+          start: path -> array, the weights that the ticket's were cut out of.
+        """
         for name in self.plan.controls.get(ticket.level, ()):
             here = folder / f"branch_{name}"
             with distribute.scoring(self.trainer.strategy):
@@ -322,7 +343,12 @@ def opened(
     trains: bool = True,
     blueprint: models.Blueprint | None = None,
 ) -> Iterator[Laboratory]:
-    """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint."""
+    """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint.
+
+    Args:
+      spec, workdir, dataset, trunk, trains, blueprint: see `Laboratory`.
+      progress: given the plan, returns a `callbacks.progress.Progress`.
+    """
     work, spec = Path(workdir), distribute.resolve(spec)
     strategy = distribute.strategy_of(spec)
     workers = distribute.workers_of(strategy)

@@ -27,6 +27,12 @@ def balanced(labels: np.ndarray, classes: int, per_class: int, seed: int) -> np.
 
     One of each class, then another of each, so that every stretch is nearly balanced.
 
+    Args:
+      labels: int [n], of the examples to choose from.
+      classes: how many there are.
+      per_class: how many examples of each.
+      seed: of what is drawn.
+
     Raises:
       UserError: a class has too few.
     """
@@ -68,6 +74,14 @@ def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
     """Returns the examples to score on, (inputs as the network takes them, int32 labels).
 
     They are of the training part, without augmentation.
+
+    Args:
+      spec: samples_per_class, score_batch_size, scaling.
+      dataset: where they come from.
+      seed: of what is drawn.
+
+    Raises:
+      UserError: see `balanced`.
     """
     if isinstance(dataset, Streamed):
         inputs, labels = _first_of_each(spec, dataset, seed)

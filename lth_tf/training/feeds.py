@@ -33,7 +33,13 @@ _ORDER, _SPLIT = 1, 2  # streams of random numbers drawn from one seed
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the permutation of n examples that epoch `epoch` goes through, int32[n]."""
+    """Returns the permutation of the examples that an epoch goes through, int32[n].
+
+    Args:
+      seed: of the order of examples.
+      epoch: its number.
+      n: how many examples there are.
+    """
     return np.random.default_rng([seed, _ORDER, epoch]).permutation(n).astype(np.int32)
 
 
@@ -42,6 +48,12 @@ def batch_indices(seed: int, first: int, count: int, n: int, batch: int) -> np.n
 
     An epoch has floor(n / batch) steps; its last n mod batch examples are left out,
     others in each epoch.
+
+    Args:
+      seed: of the order of examples.
+      first, count: the first step, and how many.
+      n: how many examples there are.
+      batch: how many a step sees.
 
     >>> a = batch_indices(0, 0, 5, n=10, batch=4)
     >>> b = batch_indices(0, 3, 2, n=10, batch=4)
@@ -59,7 +71,10 @@ def batch_indices(seed: int, first: int, count: int, n: int, batch: int) -> np.n
 def split(dataset: Dataset, validation_size: int, seed: int) -> dict[str, tuple]:
     """Returns 'train', 'validation' and 'test' as (inputs, labels).
 
-    The validation examples are drawn from the training set by `seed`.
+    Args:
+      dataset: in memory.
+      validation_size: how many examples of the training set are held out.
+      seed: by which they are drawn.
 
     Raises:
       UserError: fewer than half of the training examples would remain.
@@ -101,6 +116,12 @@ def walk(
     dataset: Streamed, validation_size: int, batch: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the training part once, in an order drawn by `seed`, without augmentation.
+
+    Args:
+      dataset: on disk.
+      validation_size: how many examples of the training set are held out.
+      batch: how many are yielded at a time.
+      seed: of the order.
 
     Yields:
       uint8 inputs [b, h, w, c] and int32 labels [b]; b is `batch`, in the end what is left.
@@ -157,7 +178,12 @@ class Resident:
         self._most = min(CHUNK, spec.eval_every)
 
     def begin(self, step: int, end: int, seed: int) -> tuple:
-        """Returns what the graph needs for the steps step .. end - 1."""
+        """Returns what the graph needs for the steps step .. end - 1.
+
+        Args:
+          step, end: the first step, and the one after the last.
+          seed: of the order of examples.
+        """
         # One shape for all blocks, or XLA compiles again.
         indices = np.zeros((self._most, self.spec.batch_size), np.int32)
         indices[: end - step] = batch_indices(
@@ -171,7 +197,12 @@ class Resident:
         return inputs, labels, indices[i]
 
     def batch(self, taken: tuple, seed: Any, step: Any) -> tuple[Any, Any]:
-        """Returns a replica's share of a training batch: scaled, augmented inputs; labels."""
+        """Returns a replica's share of a training batch: scaled, augmented inputs; labels.
+
+        Args:
+          taken: what `take` returned.
+          seed, step: of what augmentation draws.
+        """
         inputs, labels, chosen = taken
         first, share = _share(self.strategy, self.spec.batch_size)
         chosen = chosen[first : first + share]
@@ -212,7 +243,11 @@ class Streaming:
 
     What its graph is given is an iterator, so XLA can compile a step but no loop over steps.
     A worker reads and decodes its own share of each batch, for the replicas that it has.
-    Arguments, attributes and methods are those of `Resident`.
+    Attributes and methods are those of `Resident`.
+
+    Args:
+      dataset: on disk.
+      spec, strategy: see `Resident`.
     """
 
     loops = False
@@ -231,7 +266,11 @@ class Streaming:
         self._at: tuple[int, int] | None = None  # the seed and step that the iterator is at
 
     def begin(self, step: int, end: int, seed: int) -> tuple:
-        """Returns an iterator whose next batches are those of step .. end - 1."""
+        """Returns an iterator whose next batches are those of step .. end - 1.
+
+        Args:
+          step, end, seed: see `Resident.begin`.
+        """
         stream.release()  # 10 to 20 ms, now and then
         if self._at != (seed, step):
             self._iterator = None  # its buffers go before there are new ones
@@ -248,7 +287,12 @@ class Streaming:
         return source[0].get_next()
 
     def batch(self, taken: tuple, seed: Any, step: Any) -> tuple[Any, Any]:
-        """Returns a replica's share of a training batch: scaled, augmented inputs; labels."""
+        """Returns a replica's share of a training batch: scaled, augmented inputs; labels.
+
+        Args:
+          taken: what `take` returned.
+          seed, step: of what augmentation draws.
+        """
         inputs, labels, first = self._part(taken)
         x = scaled(inputs, self.dataset, self.spec)
         kind = "none" if self._resized else self.spec.augmentation
@@ -290,7 +334,12 @@ class Streaming:
 
 
 def feed(dataset: Dataset | Streamed, spec: Spec, strategy: Any) -> Resident | Streaming:
-    """Returns the feed for that kind of data set; see `Resident`."""
+    """Returns the feed for that kind of data set.
+
+    Args:
+      dataset: in memory or on disk.
+      spec, strategy: see `Resident`.
+    """
     if isinstance(dataset, Streamed):
         return Streaming(dataset, spec, strategy)
     return Resident(dataset, spec, strategy)

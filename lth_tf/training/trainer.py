@@ -306,6 +306,11 @@ class Trainer:
 
         One after the other, so that the sum does not depend on how many calls there are.
 
+        Args:
+          step, end: the first step, and the one after the last.
+          seed: of the order of examples.
+          total: the sum so far.
+
         Raises:
           DivergedError: a loss is NaN or infinite; names the step.
         """
