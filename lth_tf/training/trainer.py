@@ -12,12 +12,13 @@ import numpy as np
 
 from lth_tf import distribute, models, pruning
 from lth_tf.callbacks import Rewind
-from lth_tf.callbacks.rewind import optimizer_state
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
+from lth_tf.pruning.inside import rate_of
+from lth_tf.pruning.slots import optimizer_state
 from lth_tf.spec import Spec
 from lth_tf.training import feeds
 from lth_tf.training.feeds import CHUNK
@@ -385,7 +386,7 @@ class Trainer:
             yield f"weights/{name}", variable
         for i, variable in enumerate(optimizer_state(self.optimizer)):
             yield f"optimizer/{i:04d}", variable
-        rate = pruning.inner_optimizer(self.optimizer)._learning_rate  # a callback may change it
+        rate = rate_of(pruning.inner_optimizer(self.optimizer))  # a callback may change it
         if isinstance(rate, tf.Variable):
             yield "optimizer/learning_rate", rate
 
@@ -418,7 +419,7 @@ class Trainer:
 
     def _current_rate(self) -> float:
         optimizer = pruning.inner_optimizer(self.optimizer)
-        rate = optimizer._learning_rate  # the property would hide the schedule
+        rate = rate_of(optimizer)
         value = rate(optimizer.iterations) if callable(rate) else rate
         return float(keras.backend.get_value(value))
 
