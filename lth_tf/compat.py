@@ -50,12 +50,18 @@ with _quiet():
     from tensorflow_model_optimization.python.core.sparsity.keras import (  # isort: skip
         pruning_wrapper,
     )
+    from tf_keras.src.engine.base_layer import AddLoss, AddMetric  # isort: skip
+    from tf_keras.src.engine.functional import Functional  # isort: skip
+    from tf_keras.src.mixed_precision.autocast_variable import AutoCastVariable  # isort: skip
 
     tf.config.list_physical_devices()  # looks for GPUs, and complains where there are none
 
 PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
-__all__ = ["PruneLowMagnitude", "heartbeats", "is_keras_3", "keras", "os_errors", "tf", "tfmot"]
+__all__ = [
+    "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "heartbeats",
+    "is_keras_3", "keras", "os_errors", "tf", "tfmot",
+]  # fmt: skip
 
 
 def is_keras_3(thing: object) -> bool:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -409,6 +410,37 @@ def test_without_a_cluster_several_workers_are_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="nothing says who they are.*launch_local"):
         distribute.resolve(spec(distribute="multi_worker"))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "task", "found"),
+    [
+        ({"worker": ["a:1", "b:1", "c:1"]}, ("worker", 2), (2, 3)),
+        ({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, ("chief", 0), (0, 3)),
+        ({"worker": ["b:1", "c:1"], "chief": ["a:1"]}, ("worker", 1), (2, 3)),
+        ({}, (None, None), (0, 1)),
+        ({"worker": ["a:1", "b:1"], "evaluator": ["c:1"]}, ("evaluator", 0), None),
+        ({}, ("worker", 1), None),  # no longer what it was when the strategy was made
+    ],
+)
+def test_a_worker_is_the_one_that_its_cluster_names(jobs, task, found):
+    class Strategy(tf.distribute.MultiWorkerMirroredStrategy):
+        def __init__(self):  # would connect
+            pass
+
+        cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec(jobs), *task
+        )
+        num_replicas_in_sync = found[1] if found else 2
+        extended = types.SimpleNamespace(worker_devices=("CPU:0",))
+
+    if found:
+        assert distribute.index_and_count(Strategy()) == found
+    else:
+        with pytest.raises(UserError, match=f"2 replicas.*{task[0]} {task[1]}; leave TF_CONFIG"):
+            distribute.index_and_count(Strategy())
+    for strategy in (tf.distribute.get_strategy(), distribute.strategy_of(spec(**TWO))):
+        assert distribute.index_and_count(strategy) == (0, 1)
 
 
 def test_a_process_that_has_computed_cannot_join(monkeypatch):

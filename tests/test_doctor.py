@@ -142,14 +142,14 @@ def test_declared(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert doctor.declared("some") == {"a-b-c": ">=1,<2", "d": "~=1.2", "e": "!=3", "f": ""}
     assert doctor.declared("no-such") == {}
-    assert doctor.declared("lth_tf")["tf-keras"] == ">=2.21"
+    assert doctor.declared("lth_tf")["tf-keras"] == "<2.22,>=2.21"
 
 
 @pytest.mark.parametrize(
     ("name", "version", "status", "said", "fix"),
     [
         ("numpy", "1.26.4", "problem", "1.26.4, but lth_tf needs >=2.0", "'numpy>=2.0'"),
-        ("tf_keras", "2.20.1", "problem", "2.20.1, but lth_tf needs >=2.21", "'tf-keras>=2.21'"),
+        ("tf_keras", "2.20.1", "problem", "lth_tf needs <2.22,>=2.21", "'tf-keras<2.22,>=2.21'"),
         ("tensorflow", "2.22.0", "problem", "tf-keras needs", "'tensorflow>=2.21,<2.22'"),
         ("absl_py", "2.3.1", "warning", "model-optimization needs ~=1.2", "'absl-py>=1.4,~=1.2'"),
     ],

@@ -23,6 +23,7 @@ from lth_tf.pruning import (
     strip,
     weights,
 )
+from lth_tf.pruning.slots import probe
 
 layers, optimizers, regularizers = keras.layers, keras.optimizers, keras.regularizers
 
@@ -730,8 +731,8 @@ def test_optimizers_whose_state_does_not_survive_are_refused(name):
 
 def test_all_other_optimizers_of_keras_are_accepted():
     for name in ("Adadelta", "Adamax", "Lion", "Nadam", "RMSprop"):
-        assert pruning._probe(getattr(optimizers, name)()) == (True, True)
-    assert pruning._probe(optimizers.Adagrad()) == (True, False)
+        assert probe(getattr(optimizers, name)()) == (True, True)
+    assert probe(optimizers.Adagrad()) == (True, False)
     keras.mixed_precision.set_global_policy("float64")
     try:
         pruning.require_maskable(optimizers.Adam(0.1, beta_1=0.8))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_training import DIGITS, TWO, same, spec, start
 
+from lth_tf import distribute
 from lth_tf.training import Trainer
 from lth_tf.training.reduction import WORTH, Reduction
 
@@ -72,13 +73,13 @@ def test_bytes_without_packing_are_all_and_of_one_replica_none():
         ("plain", 2, 2, WORTH / 2, False),
     ],
 )
-def test_when_it_packs(communication, replicas, workers, density, packs):
+def test_when_it_packs(communication, replicas, workers, density, packs, monkeypatch):
     trainer = Trainer(spec(), DIGITS)
     mask = start(spec(), min(density, 0.9))[1]
     if density == 1:
         mask = {name: np.ones_like(m) for name, m in mask.items()}
-    extended = types.SimpleNamespace(_num_workers=workers, _id_in_cluster=0)
-    strategy = types.SimpleNamespace(num_replicas_in_sync=replicas, extended=extended)
+    monkeypatch.setattr(distribute, "index_and_count", lambda _: (0, workers))
+    strategy = types.SimpleNamespace(num_replicas_in_sync=replicas)
     reduction = Reduction(trainer.model, strategy, communication)
     entries = sum(int(m.sum()) if packs else m.size for m in mask.values())
     others = sum(v.shape[0] for v in trainer.model.trainable_variables if v.shape.rank == 1)

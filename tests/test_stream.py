@@ -255,17 +255,16 @@ def test_workers_evaluate_on_parts(toy, part, workers, n):
     assert len(set(seen)) == len(seen) == n
 
 
-def test_replicas_of_workers_see_the_pixels_of_one(toy):
+def test_replicas_of_workers_see_the_pixels_of_one(toy, monkeypatch):
     """Two workers of two replicas each, one after the other in this process."""
     s = spec(augmentation="flip_crop")
     feed = Streaming(toy, s, tf.distribute.get_strategy())
     whole = feed.batch(feed.take(feed.begin(5, 6, 9), 0), 9, 5)
     shares = []
     for worker in range(2):
-        place = types.SimpleNamespace(
-            _id_in_cluster=worker, _num_workers=2, _get_local_replica_id=lambda i: i % 2
-        )
-        strategy = types.SimpleNamespace(num_replicas_in_sync=4, extended=place)
+        monkeypatch.setattr(feeds, "index_and_count", lambda _: (worker, 2))  # noqa: B023
+        extended = types.SimpleNamespace(_get_local_replica_id=lambda i: i % 2)
+        strategy = types.SimpleNamespace(num_replicas_in_sync=4, extended=extended)
         feed = Streaming(toy, s, strategy)
         taken = feed.take(feed.begin(5, 6, 9), 0)
         assert len(taken[1]) == BATCH // 2 and feed.blocks("test") == 2

@@ -10,6 +10,7 @@ import numpy as np
 from lth_tf import masks
 from lth_tf.compat import keras, tf
 from lth_tf.masks import Mask
+from lth_tf.pruning.inside import layers_within
 from lth_tf.scorers.network import Network, passed_on
 
 
@@ -29,7 +30,7 @@ def connected(model: Any, mask: Mask) -> Mask:
       Kernel name -> uint8 array, at most the mask.
     """
     fixed: list[tuple[Any, str, Any]] = []
-    for layer in model._flatten_layers():
+    for layer in layers_within(model):
         if isinstance(layer, _NORMALIZATION):
             fixed.append((layer, "call", passed_on))
         elif isinstance(layer, keras.layers.MaxPooling2D):

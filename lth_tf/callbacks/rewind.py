@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from lth_tf import pruning
-from lth_tf.compat import keras, tf
+from lth_tf.compat import keras
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
+from lth_tf.pruning.slots import renew
 
 
 class Rewind(keras.callbacks.Callback):
@@ -63,7 +64,7 @@ class Rewind(keras.callbacks.Callback):
             pruning.assign(self.model, self.weights)
         mask = pruning.get_mask(self.model) if self.mask is None else self.mask
         pruning.set_mask(self.model, mask, optimizer)
-        _clean(optimizer, self.model)
+        renew(optimizer, self.model)
         pruning.set_mask(self.model, mask, optimizer)  # Adagrad's slots do not start at 0
         optimizer.iterations.assign(self.step)
         if self.capture == self.step:
@@ -95,28 +96,3 @@ class Rewind(keras.callbacks.Callback):
             raise UserError(
                 f"training ended before step {self.capture}, whose weights were to be saved"
             )
-
-
-def _clean(optimizer: Any, model: Any) -> None:
-    """Sets the optimizer's state to that of a new one of the same configuration.
-
-    Zeros would be wrong for some: averages start at the weights, Adagrad at 0.1.
-    """
-    inner = pruning.inner_optimizer(optimizer)
-    strategy = getattr(inner, "_distribution_strategy", None) or tf.distribute.get_strategy()
-    with strategy.scope():
-        fresh = type(optimizer).from_config(optimizer.get_config())
-    for each in (optimizer, fresh):
-        pruning.create_slots(each, model)
-    for old, new in zip(optimizer_state(optimizer), optimizer_state(fresh), strict=True):
-        old.assign(new.read_value())
-
-
-def optimizer_state(optimizer: Any) -> list[Any]:
-    """Returns an optimizer's variables: counter, slots, loss scale."""
-    inner = pruning.inner_optimizer(optimizer)
-    variables = inner.variables() if callable(inner.variables) else inner.variables
-    # Of a LossScaleOptimizer `variables` are the inner one's; its own are not public.
-    scale: Any = getattr(optimizer, "_loss_scale", None)
-    dynamic = [scale.current_loss_scale, scale.counter] if hasattr(scale, "counter") else []
-    return [*variables, *dynamic]

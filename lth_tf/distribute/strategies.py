@@ -170,8 +170,20 @@ def lost() -> Iterator[None]:
 
 def index_and_count(strategy: Any) -> tuple[int, int]:
     """Returns this process's number among the workers, the chief's is 0, and how many there are."""
-    extended = strategy.extended
-    return getattr(extended, "_id_in_cluster", 0), getattr(extended, "_num_workers", 1)
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 0, 1
+    resolver = strategy.cluster_resolver
+    here, tasks = (resolver.task_type, resolver.task_id), resolver.cluster_spec()
+    kinds = [kind for kind in ("chief", "worker") if kind in tasks.jobs]
+    workers = [(kind, index) for kind in kinds for index in tasks.task_indices(kind)] or [here]
+    replicas = len(workers) * len(strategy.extended.worker_devices)
+    if replicas != strategy.num_replicas_in_sync or here not in workers:
+        raise UserError(
+            f"the strategy has {strategy.num_replicas_in_sync} replicas, but its cluster now has "
+            f"{len(workers)} workers and this is {here[0]} {here[1]}; leave TF_CONFIG as it was "
+            "when the strategy was made"
+        )
+    return workers.index(here), len(workers)
 
 
 def first_replica(strategy: Any) -> int:
@@ -185,8 +197,8 @@ def is_own(variable: Any) -> bool:
 
     Only the moving statistics of BatchNormalization are such; read, they are the mean.
     """
-    each = getattr(variable, "synchronization", None) == tf.VariableSynchronization.ON_READ
-    return each and hasattr(variable, "values")
+    each = variable.synchronization == tf.VariableSynchronization.ON_READ
+    return each and isinstance(variable, tf.distribute.DistributedValues)
 
 
 _scoring: contextvars.ContextVar[Any] = contextvars.ContextVar("scoring", default=None)

@@ -20,9 +20,10 @@ from lth_tf.masks import Mask, Scores
 from lth_tf.registry import Registry
 from lth_tf.scopes import SCOPES, Density
 from lth_tf.scorers.baselines import magnitude, random
+from lth_tf.scorers.batches import Batch
 from lth_tf.scorers.grasp import grasp
 from lth_tf.scorers.losses import LOSSES
-from lth_tf.scorers.network import Batch, Reused
+from lth_tf.scorers.network import Reused
 from lth_tf.scorers.snip import snip
 from lth_tf.scorers.synflow import synflow
 from lth_tf.spec import Spec

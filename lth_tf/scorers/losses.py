@@ -6,7 +6,7 @@ from typing import Any
 
 from lth_tf.compat import tf
 from lth_tf.registry import Registry
-from lth_tf.scorers.network import Loss
+from lth_tf.scorers.batches import Loss
 
 LOSSES: Registry[Loss] = Registry("loss")
 

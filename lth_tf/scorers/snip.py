@@ -10,8 +10,9 @@ import numpy as np
 
 from lth_tf.errors import UserError
 from lth_tf.masks import Scores
+from lth_tf.scorers.batches import Batch, Loss
 from lth_tf.scorers.losses import cross_entropy
-from lth_tf.scorers.network import Batch, Loss, Network
+from lth_tf.scorers.network import Network
 
 VARIANTS = ("paper", "official")
 

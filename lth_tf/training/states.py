@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from lth_tf import distribute, pruning
-from lth_tf.callbacks.rewind import optimizer_state
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.models import Weights
+from lth_tf.pruning import inside
+from lth_tf.pruning.slots import optimizer_state
 
 
 class DivergedError(UserError):
@@ -122,6 +123,6 @@ def _changed(model: Any, optimizer: Any) -> Iterator[tuple[str, Any]]:
         yield f"weights/{name}", variable
     for i, variable in enumerate(optimizer_state(optimizer)):
         yield f"optimizer/{i:04d}", variable
-    rate = pruning.inner_optimizer(optimizer)._learning_rate  # a callback may change it
+    rate = inside.rate_of(pruning.inner_optimizer(optimizer))  # a callback may change it
     if isinstance(rate, tf.Variable):
         yield "optimizer/learning_rate", rate

@@ -17,6 +17,7 @@ from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
+from lth_tf.pruning.inside import rate_of
 from lth_tf.spec import Spec
 from lth_tf.tasks import TASKS
 from lth_tf.training import feeds, states
@@ -379,7 +380,7 @@ class Trainer:
 
     def _current_rate(self) -> float:
         optimizer = pruning.inner_optimizer(self.optimizer)
-        rate = optimizer._learning_rate  # the property would hide the schedule
+        rate = rate_of(optimizer)
         value = rate(optimizer.iterations) if callable(rate) else rate
         return float(keras.backend.get_value(value))
 

@@ -1,0 +1,174 @@
+"""What this package asks of tf_keras that tf_keras does not promise: one function each.
+
+Nothing else in lth_tf, `compat` aside, uses a name that begins with an underscore or is not
+documented. Where such a name is gone the function fails, it has no default; and
+`tests/test_inside.py` tries each on the smallest real object, so that another version of
+tf_keras fails there first and says what it no longer means.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from lth_tf.compat import AddLoss, AddMetric, AutoCastVariable, Functional, keras, tf
+
+# --- Layers and models -----------------------------------------------------------------
+
+
+def layers_within(layer: Any) -> list[Any]:
+    """Returns a layer and all layers in it, at any depth, each before those in it."""
+    return list(layer._flatten_layers())
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """Returns the layers that a layer holds itself."""
+    return list(layer._flatten_layers(recursive=False, include_self=False))
+
+
+def own_weights(layer: Any) -> list[Any]:
+    """Returns the variables that a layer itself made, those that are trained first."""
+    return [*layer._trainable_weights, *layer._non_trainable_weights]
+
+
+def is_graph_network(layer: Any) -> bool:
+    """Says whether a layer is a model that Keras knows as a graph of layers."""
+    return isinstance(layer, keras.Model) and layer._is_graph_network
+
+
+def is_tracked(model: Any, value: Any) -> bool:
+    """Says whether an attribute's value is a layer, or a list or dict, that Keras tracks."""
+    return any(value is tracked for tracked in model._self_tracked_trackables)
+
+
+def traced_functions(model: Any) -> dict[str, Any]:
+    """Returns attribute -> what `fit`, `evaluate` and `predict` have traced, or None."""
+    names = "train_function", "test_function", "predict_function"
+    return {name: getattr(model, name) for name in names}
+
+
+def holds_symbolic_loss(layer: Any) -> bool:
+    """Says whether `add_loss` or `add_metric` on a symbolic tensor made a layer."""
+    return isinstance(layer, (AddLoss, AddMetric))
+
+
+def automatic_name(layer: Any) -> str:
+    """Returns what Keras calls a layer that nobody names, without the number that follows."""
+    kind = "Model" if type(layer) is Functional else type(layer).__name__
+    snake = re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)).lower()
+    return f"private{snake}" if snake.startswith("_") else snake
+
+
+def set_untracked(owner: Any, attribute: str, value: Any) -> None:
+    """Sets an attribute past Keras' __setattr__: what is tracked and saved stays as it is.
+
+    Args:
+      owner: a layer.
+      attribute: its name.
+      value: anything; of a tensor in a variable's stead the layer does not see the difference.
+    """
+    owner.__dict__[attribute] = value
+
+
+def treat_alike(wrapper: Any, layer: Any) -> None:
+    """Has Keras treat a wrapper as the layer in it: arguments of its call, casts, input shape."""
+    wrapper._call_spec = layer._call_spec
+    wrapper._autocast = layer._autocast
+    # Only layers that were told the shape of their inputs have it.
+    if not hasattr(wrapper, "_batch_input_shape") and hasattr(layer, "_batch_input_shape"):
+        wrapper._batch_input_shape = layer._batch_input_shape
+
+
+# --- Losses of layers ------------------------------------------------------------------
+
+
+def add_activity_loss(layer: Any, outputs: Any) -> None:
+    """Adds the loss of a layer's activity regularizer, as its __call__ would."""
+    if layer._activity_regularizer:
+        layer._handle_activity_regularization(None, outputs)
+
+
+def weight_losses(layer: Any) -> list[Any]:
+    """Returns the list itself in which a layer has its losses of weights: () -> loss."""
+    return layer._callable_losses
+
+
+def set_weight_losses(layer: Any, losses: Iterable[Any]) -> None:
+    """Gives a layer other losses of weights."""
+    layer._callable_losses = list(losses)
+
+
+def regularization(loss: Any) -> functools.partial | None:
+    """Returns partial(variable -> loss, variable) of a regularizer's loss in `weight_losses`."""
+    inner = loss.args[0]  # Keras wraps every loss: partial(tag, loss)
+    return inner if isinstance(inner, functools.partial) and inner.args else None
+
+
+def regularizer_of(loss: functools.partial) -> Any:
+    """Returns the regularizer of a `regularization`; None where it is a loss of someone's own."""
+    return inspect.getclosurevars(loss.func).nonlocals.get("regularizer")
+
+
+def mark_weight_loss(loss: Any) -> None:
+    """Marks a tensor as Keras marks losses that no inputs enter."""
+    loss._unconditional_loss = True
+
+
+# --- Variables -------------------------------------------------------------------------
+
+
+def casts_itself(variable: Any) -> bool:
+    """Says whether a variable is read in the dtype of the layer that is being called."""
+    return isinstance(variable, AutoCastVariable)
+
+
+def stored_dtype(variable: Any) -> Any:
+    """Returns the dtype in which a variable is stored, whatever it is read in."""
+    return variable.true_dtype if casts_itself(variable) else variable.dtype
+
+
+# --- Optimizers ------------------------------------------------------------------------
+
+
+def slots(optimizer: Any, variable: Any) -> list[Any]:
+    """Returns an optimizer's entry for a variable in each of its lists; [] before `build`.
+
+    Names of slots need not be unique. But an optimizer (not a legacy one) has lists of one
+    entry for each variable, and from `build` on the variables' indices in them.
+    """
+    unbuilt: Any = types.SimpleNamespace()
+    keras.optimizers.Optimizer._build_index_dict(unbuilt, [])  # fails where there is no such dict
+    indices = getattr(optimizer, "_index_dict", unbuilt._index_dict)
+    lists = [v for v in vars(optimizer).values() if isinstance(v, list) and len(v) == len(indices)]
+    index = indices.get(optimizer._var_key(variable))
+    return [] if index is None else [entries[index] for entries in lists]
+
+
+def build_optimizer(optimizer: Any, variables: list[Any]) -> None:
+    """Makes an optimizer's slots for variables."""
+    if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
+        optimizer._create_all_weights(variables)
+    else:
+        optimizer.build(variables)
+
+
+def strategy_of(optimizer: Any) -> Any:
+    """Returns the strategy in whose scope an optimizer (no LossScaleOptimizer) was made."""
+    # A legacy one that was made in a replica has none.
+    return optimizer._distribution_strategy or tf.distribute.get_strategy()
+
+
+def rate_of(optimizer: Any) -> Any:
+    """Returns an optimizer's learning rate as it is set: a variable, or a schedule itself."""
+    return optimizer._learning_rate
+
+
+def loss_scale(optimizer: Any) -> list[Any]:
+    """Returns the variables of a LossScaleOptimizer that adapts its scale: scale and counter."""
+    if not isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer) or not optimizer.dynamic:
+        return []
+    return [optimizer._loss_scale.current_loss_scale, optimizer.dynamic_counter]

@@ -1,0 +1,239 @@
+"""A layer that computes with mask x kernel.
+
+In its `call` the layer inside sees mask x kernel instead of the kernel. The gradient of any
+loss is then masked by the chain rule, so that a pruned weight whose optimizer slots are zero
+stays exactly zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lth_tf.compat import PruneLowMagnitude, keras, tf
+from lth_tf.errors import UserError
+from lth_tf.pruning import inside
+
+
+@keras.saving.register_keras_serializable(package="lth_tf")
+class MaskedLayer(PruneLowMagnitude):
+    """A layer that computes with mask x kernel.
+
+    Keeps the variables and the interface of tfmot's `PruneLowMagnitude` (so that
+    `strip_pruning`, `prune_scope`, `PruningSummaries` and saving work) but not its
+    engine: the mask changes only when `set_mask` changes it.
+
+    Args:
+      layer: any layer; all kernels that it or its sublayers hold are masked.
+      masks: the kernels' shapes.
+
+    Attributes:
+      pruning_vars: list of (kernel, mask, threshold) variables; the mask has the
+        kernel's shape and holds 0 or 1, the threshold is always 0.
+    """
+
+    def __init__(self, layer: Any, masks: Sequence[Sequence[int]], **kwargs: Any):
+        kwargs["name"] = f"masked_{layer.name}"
+        kwargs.setdefault("dtype", layer.dtype_policy)
+        # tfmot's own __init__ would refuse layers that it does not know.
+        super(PruneLowMagnitude, self).__init__(layer, **kwargs)
+        inside.treat_alike(self, layer)
+        self.supports_masking = layer.supports_masking
+        # The kernels belong to the layer and are saved with it.
+        inside.set_untracked(self, "_shapes", [tuple(shape) for shape in masks])
+        inside.set_untracked(self, "pruning_vars", [])
+        inside.set_untracked(self, "_hosts", [])
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the layer where that is still to be done, and the mask variables."""
+        super(PruneLowMagnitude, self).build(input_shape)
+        # h5 wants names that are unique in a model; checkpoints, which want them to be the same
+        # in every process, do not see the scope.
+        with tf.name_scope(self.name):
+            self.pruning_step = self.add_weight(
+                "pruning_step",
+                initializer=keras.initializers.Constant(-1),
+                dtype=tf.int64,
+                trainable=False,
+            )
+            made = [
+                [
+                    self.add_weight(
+                        name if i == 0 else f"{name}_{i}",
+                        size,
+                        initializer=initial,
+                        trainable=False,
+                        aggregation=tf.VariableAggregation.MEAN,
+                        experimental_autocast=False,
+                    )
+                    for name, size, initial in (("mask", shape, "ones"), ("threshold", (), "zeros"))
+                ]
+                for i, shape in enumerate(self._shapes)
+            ]
+        inside.set_untracked(self, "_masks", made)
+        self._join()
+
+    def _join(self) -> None:
+        """Joins the masks with their kernels, if the kernels exist."""
+        hosts = hosts_of(self.layer)
+        kernels = list({id(kernel): kernel for _, _, kernel in hosts}.values())
+        if [tuple(kernel.shape) for kernel in kernels] == self._shapes:
+            self.pruning_vars += [(k, *m) for k, m in zip(kernels, self._masks, strict=True)]
+            masks = {id(kernel): mask for kernel, mask, _ in self.pruning_vars}
+            self._hosts += [(*host, masks[id(host[-1])]) for host in hosts]
+
+    @contextlib.contextmanager
+    def _masked(self) -> Iterator[None]:
+        """Within, the owners' kernels are mask x kernel, in the dtype they compute in."""
+        masked = []
+        try:
+            for owner, attribute, kernel, mask in self._hosts:
+                value = select(mask, kernel)
+                if inside.casts_itself(kernel):
+                    value = tf.cast(value, owner.compute_dtype)
+                inside.set_untracked(owner, attribute, value)
+                masked.append((owner, attribute, value))
+            yield
+            if any(vars(owner)[attribute] is not value for owner, attribute, value in masked):
+                raise UserError(
+                    f"layer {self.layer.name!r} waits for the other replicas in the middle of its "
+                    "call (synchronized BatchNormalization?), which mixes up their masked kernels; "
+                    "make it a keras.Model, so that its layers are masked one by one"
+                )
+        finally:
+            for owner, attribute, kernel, _ in self._hosts:
+                inside.set_untracked(owner, attribute, kernel)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer on masked kernels."""
+        if not self._hosts:
+            # A loaded layer may make its sublayers' kernels in its first call.
+            self.layer.call(*args, **kwargs)
+            self._join()
+        _mask_regularizers(self._hosts)
+        with self._masked():
+            outputs = self.layer.call(*args, **kwargs)
+        inside.add_activity_loss(self.layer, outputs)
+        return outputs
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """Delegates Keras' sequence masking, which has nothing to do with pruning."""
+        return self.layer.compute_mask(inputs, mask)
+
+    def reset_states(self) -> None:
+        """Delegates to a stateful recurrent layer."""
+        self.layer.reset_states()
+
+    @property
+    def pruning_obj(self) -> Any:
+        """What tfmot's UpdatePruningStep callback calls at the end of an epoch."""
+        return self
+
+    def weight_mask_op(self) -> None:
+        """Zeroes the pruned weights, which they are anyway."""
+        for kernel, mask, _ in self.pruning_vars:
+            kernel.assign(select(mask, kernel))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the configuration; the masks are variables and saved as such."""
+        config = super(PruneLowMagnitude, self).get_config()
+        return {**config, "masks": [list(shape) for shape in self._shapes]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MaskedLayer:
+        """Returns the layer that `get_config` described."""
+        layer = dict(config["layer"])
+        # From h5 and SavedModel Keras looks for registered classes under this key.
+        layer["class_name"] = layer.get("registered_name") or layer["class_name"]
+        layer = keras.layers.deserialize(layer, custom_objects)
+        return cls(**{**config, "layer": layer})
+
+
+def select(mask: Any, kernel: Any) -> Any:
+    """Returns mask x kernel; by a selection, because a product keeps NaN and -0.0."""
+    value = kernel.read_value()
+    return tf.where(mask != 0, value, tf.zeros([], value.dtype))
+
+
+def hosts_of(layer: Any) -> list[tuple[Any, str, Any]]:
+    """Returns (owner, attribute, variable) of all kernels that a layer and its sublayers hold.
+
+    Not those that a model holds itself: models are not wrapped, their layers are.
+    """
+    owners = [
+        x for x in inside.layers_within(layer) if not isinstance(x, (keras.Model, MaskedLayer))
+    ]
+    choosy = [x for x in owners if hasattr(x, "get_prunable_weights")]
+    named = {id(v): (x, v) for x in choosy for v in x.get_prunable_weights()}
+    found = [
+        (owner, attribute, value)
+        for owner in owners
+        for attribute, value in vars(owner).items()
+        if isinstance(value, tf.Variable)
+        and (
+            id(value) in named
+            or (
+                not any(owner is x for x in choosy)
+                and attribute.endswith("kernel")
+                and value.trainable
+                and len(value.shape) >= 2
+            )
+        )
+    ]
+    for owner, variable in named.values():
+        if not any(variable is v for _, _, v in found):
+            raise UserError(
+                f"layer {owner.name!r} names {variable.name} in get_prunable_weights(), but no "
+                "layer has it as an attribute (self.w = self.add_weight(...)), as pruning needs"
+            )
+    return found
+
+
+_ELEMENTWISE = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+
+
+def _mask_regularizers(hosts: list[tuple]) -> None:
+    """Makes weight regularizers see the masked kernel.
+
+    On the raw one some (orthogonality, for one) have gradients at pruned weights. Done
+    at every call, because `unwrap` undoes it for the plain model, which shares the layers.
+    """
+    for owner, _, kernel, mask in hosts:
+        losses = inside.weight_losses(owner)
+        for i, loss in enumerate(losses):
+            inner = inside.regularization(loss)
+            if inner is None or not any(a is kernel for a in inner.args):
+                continue
+            regularizer = inside.regularizer_of(inner)
+            if type(regularizer) not in _ELEMENTWISE and loss.func is not _masked_loss:
+                masked = functools.partial(_masked_loss, inner, mask, kernel)
+                masked.plain = loss  # type: ignore[attr-defined]
+                losses[i] = masked
+
+
+def _masked_loss(inner: functools.partial, mask: Any, kernel: Any) -> Any:
+    loss = inner.func(select(mask, kernel))
+    inside.mark_weight_loss(loss)
+    return loss
+
+
+def wrap(layer: Any) -> Any:
+    """Returns a layer in a `MaskedLayer`, or itself where it holds no kernels."""
+    shapes = {id(kernel): kernel.shape for _, _, kernel in hosts_of(layer)}
+    if not shapes:
+        return layer
+    wrapped = MaskedLayer(layer, list(shapes.values()))
+    wrapped.build(None)
+    return wrapped
+
+
+def unwrap(layer: Any) -> Any:
+    """Returns the layer in a `MaskedLayer`, as it was before, or the layer itself."""
+    if not isinstance(layer, MaskedLayer):
+        return layer
+    for owner, *_ in layer._hosts:
+        losses = inside.weight_losses(owner)
+        inside.set_weight_losses(owner, [getattr(f, "plain", f) for f in losses])
+    return layer.layer

@@ -1,0 +1,140 @@
+"""Optimizers: their state, and whether a masked weight stays zero under them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lth_tf.compat import keras, tf
+from lth_tf.errors import UserError
+from lth_tf.pruning import inside
+from lth_tf.pruning.names import kernels
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Returns the optimizer inside a LossScaleOptimizer, or the optimizer itself."""
+    scaled = isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer)
+    return optimizer.inner_optimizer if scaled else optimizer
+
+
+def slots_of(optimizer: Any, model: Any) -> dict[str, list[Any]]:
+    """Returns kernel name -> the optimizer's variables of its shape (moments, averages)."""
+    optimizer = inner_optimizer(optimizer)
+    if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
+        return {name: _legacy_slots(optimizer, k) for name, k in kernels(model).items()}
+    return {
+        name: [
+            slot
+            for slot in inside.slots(optimizer, kernel)
+            if isinstance(slot, tf.Variable) and slot.shape == kernel.shape
+        ]
+        for name, kernel in kernels(model).items()
+    }
+
+
+def _legacy_slots(optimizer: Any, kernel: Any) -> list[Any]:
+    try:
+        return [optimizer.get_slot(kernel, slot) for slot in optimizer.get_slot_names()]
+    except KeyError:  # not trained, or not yet
+        return []
+
+
+def scope_of(model: Any) -> Any:
+    """Returns the scope in which a model's variables are made: its own, unless one is in force."""
+    if tf.distribute.has_strategy():
+        return contextlib.nullcontext()
+    return model.distribute_strategy.scope()
+
+
+def create_slots(optimizer: Any, model: Any) -> None:
+    """Creates the optimizer's variables for a model, which `fit` does in its first step only."""
+    with scope_of(model):
+        inside.build_optimizer(optimizer, model.trainable_variables)
+
+
+def optimizer_state(optimizer: Any) -> list[Any]:
+    """Returns an optimizer's variables: counter, slots, loss scale."""
+    inner = inner_optimizer(optimizer)
+    variables = inner.variables() if callable(inner.variables) else inner.variables
+    # Of a LossScaleOptimizer `variables` are the inner one's.
+    return [*variables, *inside.loss_scale(optimizer)]
+
+
+def renew(optimizer: Any, model: Any) -> None:
+    """Sets an optimizer's state to that of a new one of the same configuration.
+
+    Zeros would be wrong for some: averages start at the weights, Adagrad at 0.1.
+    """
+    with inside.strategy_of(inner_optimizer(optimizer)).scope():
+        fresh = type(optimizer).from_config(optimizer.get_config())
+    for each in (optimizer, fresh):
+        create_slots(each, model)
+    for old, new in zip(optimizer_state(optimizer), optimizer_state(fresh), strict=True):
+        old.assign(new.read_value())
+
+
+def require_maskable(optimizer: Any) -> None:
+    """Raises UserError if a masked weight does not stay 0.0 under this optimizer."""
+    if not probe(optimizer).survives:
+        raise UserError(
+            f"optimizer {type(inner_optimizer(optimizer)).__name__} does not keep a pruned weight "
+            "at 0.0: its state does not survive masking; use adam, adamw, sgd, momentum or nesterov"
+        )
+
+
+class Probe(NamedTuple):
+    """What an optimizer does to a weight that is pruned.
+
+    Attributes:
+      survives: the weight and its slots stay zero after they were zeroed.
+      clean: slots of a weight that is zero and has gradient zero start at zero.
+    """
+
+    survives: bool
+    clean: bool
+
+
+_PROBED: dict[str, Probe] = {}
+
+
+def probe(optimizer: Any) -> Probe:
+    """Returns what an optimizer does to a vector of three weights; no list of names could tell."""
+    optimizer = inner_optimizer(optimizer)
+    config = dict(optimizer.get_config())
+    config |= {k: v for k, v in (("learning_rate", 0.1), ("jit_compile", False)) if k in config}
+    key = f"{type(optimizer)} {json.dumps(config, sort_keys=True, default=str)}"
+    if key not in _PROBED:
+        # In a thread of its own there is no distribution strategy in force.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            _PROBED[key] = pool.submit(_try, type(optimizer).from_config, config).result()
+    return _PROBED[key]
+
+
+def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> Probe:
+    layer = keras.layers.Dense(1, use_bias=False, dtype="float32")
+    layer.build((None, 3))
+    name, kernel = next(iter(kernels(layer).items()))
+
+    def steps(optimizer: Any, gradient: float) -> None:
+        for _ in range(2):
+            optimizer.apply_gradients([(tf.constant([[0.3], [gradient], [0.1]]), kernel)])
+
+    def zeros(optimizer: Any) -> bool:
+        values = [v.numpy() for v in (kernel, *slots_of(optimizer, layer)[name])]
+        return all(np.isfinite(v).all() and v[1, 0] == 0 for v in values)
+
+    fresh, used = make(config), make(config)
+    kernel.assign([[1.0], [0.0], [3.0]])
+    steps(fresh, 0.0)
+    clean = zeros(fresh)
+    kernel.assign([[1.0], [-2.0], [3.0]])
+    steps(used, -0.2)
+    for variable in (kernel, *slots_of(used, layer)[name]):
+        variable.assign(tf.constant([[1.0], [0.0], [1.0]]) * variable)
+    steps(used, 0.0)
+    return Probe(zeros(used), clean)

@@ -1,0 +1,172 @@
+"""Batches that scorers look at: walked, checked against the model, their results added up."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lth_tf.compat import tf
+from lth_tf.errors import UserError
+
+Batch = tuple[Any, Any]
+Loss = Callable[[Any, Any], Any]
+
+
+class Parts:
+    """(images, labels, factor of the sum of the batch's losses) of each batch, at every walk.
+
+    Args:
+      batches: (images, labels [n]), the same at every walk.
+      summed: whether the batches' mean losses are added up, or averaged over all examples.
+
+    Attributes:
+      sizes: the number of examples of each batch.
+
+    Raises:
+      UserError: there are none, or one is no pair or empty.
+    """
+
+    def __init__(self, batches: Iterable[Batch] | None, summed: bool):
+        if batches is None:
+            raise UserError("this scorer needs batches: an iterable of (images, labels)")
+        self.batches = batches
+        self.sizes = []
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise UserError(
+                    f"a batch is (images, labels), not {type(batch).__name__}; for a single one "
+                    "give [(images, labels)]"
+                )
+            if not np.ndim(batch[1]):
+                raise UserError("labels must have the shape [n]; is the tf.data set not batched?")
+            self.sizes.append(len(batch[1]))
+        if not all(self.sizes) or not self.sizes:
+            raise UserError("a batch is empty: scores need at least one example in each")
+        self.summed = summed
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
+        for (images, labels), size in zip(self.batches, self.sizes, strict=True):
+            yield images, labels, 1 / size if self.summed else 1 / sum(self.sizes)
+
+
+def labels_of(images: Any, labels: Any) -> np.ndarray:
+    """Returns a batch's labels, int [n].
+
+    Raises:
+      UserError: they are no whole numbers, or not as many as there are images.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"labels must be whole numbers of shape [n], not {labels.dtype} of shape "
+            f"{list(labels.shape)}; turn one-hot labels into numbers with argmax"
+        )
+    shape = tf.nest.flatten(images)[0].shape
+    if shape.rank == 0 or shape[0] != len(labels):
+        raise UserError(
+            f"a batch has images of shape {list(shape)} but {len(labels)} labels; it must be "
+            "(images [n, ...], labels [n])"
+        )
+    return labels
+
+
+def classes_of(outputs: Any, model: Any) -> int:
+    """Returns the number of classes of a model that puts out logits.
+
+    Raises:
+      UserError: its outputs are no logits.
+    """
+    if not tf.is_tensor(outputs):
+        raise UserError(
+            f"model {model.name!r} puts out {len(tf.nest.flatten(outputs))} tensors; "
+            "scores need one, the logits"
+        )
+    logits = outputs.numpy()
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise UserError(
+            f"model {model.name!r} puts out {list(logits.shape)}; scores need logits "
+            "of shape [n, classes] with at least two classes"
+        )
+    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-4):
+        raise UserError(
+            f"model {model.name!r} ends in a softmax; scores are taken on logits: "
+            "build it without the last activation"
+        )
+    return logits.shape[1]
+
+
+def require_classes(labels: np.ndarray, classes: int) -> None:
+    """Raises UserError unless the labels are numbers of classes."""
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(
+            f"labels range from {labels.min()} to {labels.max()}, but the model has {classes} "
+            f"outputs: labels must be 0 to {classes - 1}"
+        )
+
+
+def added(each: Iterable[list]) -> list[np.ndarray]:
+    """Returns the sums of lists of arrays, which are as large as the model: never many at once."""
+    total: list[np.ndarray] = []
+    for values in each:
+        if total:
+            for t, value in zip(total, values, strict=True):
+                t += np.asarray(value)
+        else:
+            total = [np.array(value) for value in values]
+        del values
+    return total
+
+
+def ones(model: Any, batches: Any, dtype: Any) -> Any:
+    """Returns inputs of ones for a model.
+
+    Args:
+      model: what they are for.
+      batches: of which the first tells their shape, where the model does not know it.
+      dtype: theirs.
+
+    Raises:
+      UserError: no one tells the shape.
+    """
+    specs = model.save_spec()
+    if specs is None:
+        if not batches:
+            raise UserError(
+                f"model {model.name!r} does not know the shape of its inputs; give "
+                "batches, of which the first tells it"
+            )
+        shapes = tf.nest.map_structure(lambda x: np.shape(x)[1:], next(iter(batches))[0])
+        return tf.ones((1, *shapes), dtype)
+    (inputs, *_), _ = specs
+    return tf.nest.map_structure(
+        lambda x: tf.ones((x.shape[0] or 1, *x.shape[1:]), dtype), inputs
+    )
+
+
+@contextlib.contextmanager
+def explained(model: Any, dtype: Any) -> Iterator[None]:
+    """Within, a model that cannot be computed is a UserError, not what Keras makes of it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # autograph and Keras wrap what layers raise in their own
+        text = str(error)
+        if found := re.search(r"gradient registry has no entry for: (\w+)", text):
+            raise UserError(
+                f"model {model.name!r} has no second derivative: TensorFlow cannot "
+                f"differentiate {found[1]}; use --scorer=snip"
+            ) from error
+        if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
+            raise
+        frame = ("in user code", "File ", "Call arguments", "Exception encountered")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith(frame)]
+        raise UserError(
+            f"model {model.name!r} cannot be computed on these inputs in "
+            f"{dtype.name}: {type(error).__name__}: {' '.join(lines)[:300]}"
+        ) from error
