@@ -43,7 +43,8 @@ class Task:
         return "{:.2%}" if self.percent else "{:.4g}"
 
 
-def _cross_entropy(labels: Any, logits: Any) -> Any:
+def cross_entropy(labels: Any, logits: Any) -> Any:
+    """Returns -log softmax(logits)[label] of each example, float[n]."""
     return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
 
 
@@ -55,7 +56,7 @@ TASKS: Registry[Task] = Registry("task")
 
 # Labels int32[n], 0 to classes - 1; outputs are logits [n, classes].
 TASKS.register("classification")(
-    Task(_cross_entropy, _correct, "accuracy", higher=True, margin=0.005, percent=True)
+    Task(cross_entropy, _correct, "accuracy", higher=True, margin=0.005, percent=True)
 )
 METRIC = TASKS["classification"].metric  # of tables without a row
 

@@ -833,7 +833,7 @@ def stateful():
         (counting, "snip", [(X, Y)], "cannot be computed .*assign_add"),
         (counting, "synflow", None, "'counting/w' is held in a list or dict"),
         (stateful, "snip", [(X.reshape(12, 6, 12), Y)], "is stateful"),
-        (net, "snip", (X, Y), r"give \[\(images, labels\)\]"),
+        (net, "snip", (X, Y), r"give \[\(inputs, labels\)\]"),
         (net, "snip", tf.data.Dataset.from_tensor_slices((X, Y)), "not batched"),
         (net, "snip", [(X[:, :5], Y)], "cannot be computed on these inputs in float64"),
     ],
@@ -852,3 +852,17 @@ def test_a_loss_goes_by_its_name_and_a_pruned_model_is_not_pruned_from_the_start
         one_shot_mask(pruning.prune(net("float32")), "magnitude", density=0.5)
     with pytest.raises(UserError, match="rounds 2.5"):
         one_shot_mask(net(), "magnitude", density=0.5, rounds=2.5)
+
+
+@pytest.mark.parametrize("scorer", ["grasp", "snip"])
+def test_scores_are_computed_with_all_digits_of_float32(scorer):
+    """On GPUs TensorFlow would multiply in TF32 unless told not to; it is told so again after."""
+    enabled, seen = tf.config.experimental.tensor_float_32_execution_enabled, []
+
+    def loss(labels, logits):
+        seen.append(enabled())
+        return LOSSES["cross_entropy"](labels, logits)
+
+    before = enabled()
+    score(net(), scorer, [(X, Y)], loss=loss)
+    assert seen and not any(seen) and enabled() == before

@@ -20,6 +20,7 @@ from lth_tf.datasets import Dataset, Streamed
 from lth_tf.scorers import SCORERS
 from lth_tf.scorers.network import Reused
 from lth_tf.spec import Spec
+from lth_tf.tasks import cross_entropy
 
 
 def score(spec: Spec, dataset: Dataset | Streamed, rounds: int) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _scorers(spec: Spec, input_shape: tuple[int, ...], classes: int) -> dict[str
     def differentiate(inputs: Any, labels: Any) -> list:
         with tf.GradientTape() as tape:
             logits = model(inputs, training=True)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            loss = tf.reduce_mean(cross_entropy(labels, logits))
         return tape.gradient(loss, model.trainable_variables)
 
     def gradient() -> None:

@@ -2,7 +2,7 @@
 
 The model is a plain one and stays as it is, bit for bit; `kernels` are the values to score
 at, name -> array, which need not be the model's own (zeros where a mask has them);
-batches yield (images, int labels), as much at a time as goes into memory at once.
+batches yield (inputs, int labels), as much at a time as goes into memory at once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def score(
       model: a built tf_keras model, plain or pruned: functional, Sequential, nested or
         subclassed. A mixed-precision model is scored in float32.
       scorer: a key of SCORERS.
-      batches: (images, int labels [n]) where the scorer looks at data; images as the model
+      batches: (inputs, int labels [n]) where the scorer looks at data; inputs as the model
         takes them. One batch is in the scorer's memory at a time; a sequence that makes its
         batches when asked for them need not hold all.
       **options: the scorer's, e.g. temperature=200.0 for grasp; a loss also by its name.

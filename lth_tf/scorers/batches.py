@@ -17,10 +17,10 @@ Loss = Callable[[Any, Any], Any]
 
 
 class Parts:
-    """(images, labels, factor of the sum of the batch's losses) of each batch, at every walk.
+    """(inputs, labels, factor of the sum of the batch's losses) of each batch, at every walk.
 
     Args:
-      batches: (images, labels [n]), the same at every walk.
+      batches: (inputs, labels [n]), the same at every walk.
       summed: whether the batches' mean losses are added up, or averaged over all examples.
 
     Attributes:
@@ -32,14 +32,14 @@ class Parts:
 
     def __init__(self, batches: Iterable[Batch] | None, summed: bool):
         if batches is None:
-            raise UserError("this scorer needs batches: an iterable of (images, labels)")
+            raise UserError("this scorer needs batches: an iterable of (inputs, labels)")
         self.batches = batches
         self.sizes = []
         for batch in batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise UserError(
-                    f"a batch is (images, labels), not {type(batch).__name__}; for a single one "
-                    "give [(images, labels)]"
+                    f"a batch is (inputs, labels), not {type(batch).__name__}; for a single one "
+                    "give [(inputs, labels)]"
                 )
             if not np.ndim(batch[1]):
                 raise UserError("labels must have the shape [n]; is the tf.data set not batched?")
@@ -49,15 +49,15 @@ class Parts:
         self.summed = summed
 
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
-        for (images, labels), size in zip(self.batches, self.sizes, strict=True):
-            yield images, labels, 1 / size if self.summed else 1 / sum(self.sizes)
+        for (inputs, labels), size in zip(self.batches, self.sizes, strict=True):
+            yield inputs, labels, 1 / size if self.summed else 1 / sum(self.sizes)
 
 
-def labels_of(images: Any, labels: Any) -> np.ndarray:
+def labels_of(inputs: Any, labels: Any) -> np.ndarray:
     """Returns a batch's labels, int [n].
 
     Raises:
-      UserError: they are no whole numbers, or not as many as there are images.
+      UserError: they are no whole numbers, or not as many as there are inputs.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -65,11 +65,11 @@ def labels_of(images: Any, labels: Any) -> np.ndarray:
             f"labels must be whole numbers of shape [n], not {labels.dtype} of shape "
             f"{list(labels.shape)}; turn one-hot labels into numbers with argmax"
         )
-    shape = tf.nest.flatten(images)[0].shape
+    shape = tf.nest.flatten(inputs)[0].shape
     if shape.rank == 0 or shape[0] != len(labels):
         raise UserError(
-            f"a batch has images of shape {list(shape)} but {len(labels)} labels; it must be "
-            "(images [n, ...], labels [n])"
+            f"a batch has inputs of shape {list(shape)} but {len(labels)} labels; it must be "
+            "(inputs [n, ...], labels [n])"
         )
     return labels
 

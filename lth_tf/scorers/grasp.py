@@ -35,7 +35,7 @@ def grasp(
     Args:
       model: a plain model.
       kernels: kernel name -> what to score at.
-      batches: (images, int labels [n]); the paper takes ten examples of each class. In
+      batches: (inputs, int labels [n]); the paper takes ten examples of each class. In
         train mode statistics are those of each batch.
       variant: 'paper'; 'absolute', |w * (H g)| (Frankle et al. 2021, appendix); or 'official',
         which differs from the paper as the published code does: each batch is sorted by
@@ -70,10 +70,10 @@ def grasp(
     return {n: np.abs(s) for n, s in scores.items()} if variant == "absolute" else scores
 
 
-def _halves(images: Any, labels: Any) -> list[Batch]:
+def _halves(inputs: Any, labels: Any) -> list[Batch]:
     order = np.argsort(labels, kind="stable")
     parts = np.split(order, [len(order) // 2])
-    return [(np.asarray(images)[part], np.asarray(labels)[part]) for part in parts]
+    return [(np.asarray(inputs)[part], np.asarray(labels)[part]) for part in parts]
 
 
 def _redrawn(kernels: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

@@ -7,14 +7,12 @@ from typing import Any
 from lth_tf.compat import tf
 from lth_tf.registry import Registry
 from lth_tf.scorers.batches import Loss
+from lth_tf.tasks import cross_entropy
+
+__all__ = ["LOSSES", "cross_entropy", "squared_error"]
 
 LOSSES: Registry[Loss] = Registry("loss")
-
-
-@LOSSES.register("cross_entropy")
-def cross_entropy(labels: Any, logits: Any) -> Any:
-    """Returns -log softmax(logits)[label] of each example."""
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+LOSSES.register("cross_entropy")(cross_entropy)
 
 
 @LOSSES.register("squared_error")

@@ -46,7 +46,7 @@ class Reused:
 
 
 class Network:
-    """A plain Keras model as a function (kernels, images) -> logits, and its derivatives.
+    """A plain Keras model as a function (kernels, inputs) -> logits, and its derivatives.
 
     Dropout and noise are off. A softmax at the end is left out. BatchNormalization is computed
     by `norms`: with `batch_norm="train"` from the statistics of the batch, with "eval" (and where
@@ -58,7 +58,7 @@ class Network:
       dtype: 'float32' or 'float64'; by default float64 for a float64 model, else float32.
       batch_norm: 'train' or 'eval'.
       others: what to make of the weights that are not kernels: tensor -> tensor.
-      preprocessing: False leaves out layers that scale the images.
+      preprocessing: False leaves out layers that scale the inputs.
       fixed: further attributes of layers to replace: (layer, attribute, value).
 
     Raises:
@@ -136,13 +136,13 @@ class Network:
             model.networks[key] = cls(model.model, **options)
         return model.networks[key]
 
-    def __call__(self, kernels: Sequence[Any], images: Any) -> Any:
+    def __call__(self, kernels: Sequence[Any], inputs: Any) -> Any:
         """Returns the logits; `kernels` are tensors in the order of `self.kernels`."""
         values = dict(zip(self.kernels, kernels, strict=True))
         values |= {n: self._change(self._cast(v.read_value())) for n, v in self.others.items()}
         held = [(layer, attribute, values[name]) for layer, attribute, name in self._attributes]
         with inside.replaced([*held, *self._fixed]), _inlined():
-            return self.model(tf.nest.map_structure(self._cast, images), training=False)
+            return self.model(tf.nest.map_structure(self._cast, inputs), training=False)
 
     def gradient(
         self,
@@ -154,7 +154,7 @@ class Network:
 
         Args:
           kernels: kernel name -> array.
-          batches: (images, int labels [n]), the same at every walk.
+          batches: (inputs, int labels [n]), the same at every walk.
           loss: (labels, logits) -> losses of the examples.
 
         Returns:
@@ -184,7 +184,7 @@ class Network:
 
         Args:
           kernels: kernel name -> array.
-          batches: (images, int labels [n]), the same at every walk.
+          batches: (inputs, int labels [n]), the same at every walk.
           loss: (labels, logits) -> losses of the examples.
           temperature: divides the logits.
           summed: take the sum of the batches' mean losses instead of the overall mean.
@@ -252,20 +252,20 @@ class Network:
         return total, [v * g for v, g in zip(values, gradient, strict=True)]
 
     def _gradient_of(
-        self, values: list, images: Any, labels: Any, weight: Any, loss: Loss, temperature: Any
+        self, values: list, inputs: Any, labels: Any, weight: Any, loss: Loss, temperature: Any
     ) -> tuple[Any, list]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            value = weight * tf.reduce_sum(loss(labels, self(values, images) / temperature))
+            value = weight * tf.reduce_sum(loss(labels, self(values, inputs) / temperature))
         return value, tape.gradient(value, values)
 
     def _product_of(
-        self, values: list, images: Any, labels: Any, weight: Any, loss: Loss, temperature: Any,
+        self, values: list, inputs: Any, labels: Any, weight: Any, loss: Loss, temperature: Any,
         vector: list,
     ) -> tuple[Any, list]:  # fmt: skip
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            value, gradient = self._gradient_of(values, images, labels, weight, loss, temperature)
+            value, gradient = self._gradient_of(values, inputs, labels, weight, loss, temperature)
             fixed = vector or [None if g is None else tf.stop_gradient(g) for g in gradient]
             pairs = [(g, v) for g, v in zip(gradient, fixed, strict=True) if g is not None]
             along = tf.add_n([tf.reduce_sum(g * v) for g, v in pairs])
@@ -309,12 +309,12 @@ class Network:
         self, function: Any, values: list, part: tuple, loss: Loss, temperature: float,
         vector: tuple,
     ) -> tuple[Any, Any]:  # fmt: skip
-        images, labels, weight = part
-        images = tf.nest.map_structure(tf.convert_to_tensor, images)
-        labels = self._fitting(values, images, labels)
+        inputs, labels, weight = part
+        inputs = tf.nest.map_structure(tf.convert_to_tensor, inputs)
+        labels = self._fitting(values, inputs, labels)
         numbers = tf.constant(weight, self.dtype), loss, tf.constant(temperature, self.dtype)
-        arguments = values, images, labels, *numbers, *vector
-        with explained(self.model, self.dtype):
+        arguments = values, inputs, labels, *numbers, *vector
+        with explained(self.model, self.dtype), _all_digits():
             value, result = function(*arguments)
         if function is self._product:
             norms.refuse_moments(function.get_concrete_function(*arguments).graph, self.model)
@@ -329,16 +329,16 @@ class Network:
         if not np.isfinite(value):
             raise UserError(
                 f"the loss of model {self.model.name!r} on the batches given is {float(value)}; "
-                "scores need a finite one: look at the images' scale and the weights"
+                "scores need a finite one: look at the inputs' scale and the weights"
             )
         return result
 
-    def _fitting(self, values: list, images: Any, labels: Any) -> Any:
+    def _fitting(self, values: list, inputs: Any, labels: Any) -> Any:
         """Labels as a tensor, checked against what the model puts out."""
-        labels = labels_of(images, labels)
+        labels = labels_of(inputs, labels)
         if not self._classes:
             any_number = all(x.shape[0] is None for x in self.model.inputs or ())
-            few = tf.nest.map_structure(lambda x: x[:8], images) if any_number else images
+            few = tf.nest.map_structure(lambda x: x[:8], inputs) if any_number else inputs
             with explained(self.model, self.dtype):
                 found = self(values, few)
             self._classes = classes_of(found, self.model)
@@ -353,6 +353,17 @@ _NOISE = (
     keras.layers.GaussianNoise,
 )
 _PREPROCESSING = keras.layers.Normalization, keras.layers.Rescaling
+
+
+@contextlib.contextmanager
+def _all_digits() -> Iterator[None]:
+    """Within, GPUs multiply float32 as such, not in TF32, whose ten bits change GraSP's masks."""
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def passed_on(inputs: Any, training: Any = None, mask: Any = None) -> Any:

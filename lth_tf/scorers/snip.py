@@ -34,7 +34,7 @@ def snip(
     Args:
       model: a plain model.
       kernels: kernel name -> what to score at.
-      batches: (images, int labels [n]); the paper takes one batch of 100 or 128.
+      batches: (inputs, int labels [n]); the paper takes one batch of 100 or 128.
       variant: 'paper', or 'official': scored on weights drawn anew (variance 2 / fan-in,
         truncated normal), since the published code re-initialises after pruning.
         What it also does is left out: it prunes biases, which are zero then and so score 0.
@@ -60,7 +60,7 @@ def snip(
     if not total:
         raise UserError(
             "the gradient is zero everywhere, so no weight ranks above another: is the network "
-            "cut, or saturated by the images' scale?"
+            "cut, or saturated by the inputs' scale?"
         )
     return {name: (s / total).astype(s.dtype) for name, s in scores.items()}
 

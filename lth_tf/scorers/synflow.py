@@ -14,13 +14,13 @@ from lth_tf.scorers.network import Network
 
 
 def synflow(model: Any, kernels: Mapping[str, Any], batches: Any = None) -> Scores:
-    """Returns |w| * dR/d|w|, R the sum of the outputs for an image of ones (section 6).
+    """Returns |w| * dR/d|w|, R the sum of the outputs for an input of ones (section 6).
 
     All parameters are taken by their absolute values, BatchNormalization's moving
-    statistics too, which it uses; layers that scale images are left out. In a network that
+    statistics too, which it uses; layers that scale inputs are left out. In a network that
     is homogeneous and has no biases, the scores of every layer add up to R. In float64: with
     the fan-ins of a VGG-19 float32 overflows. Queries and keys of attention score 0, since an
-    image of ones is the same everywhere.
+    input of ones is the same everywhere.
 
     Args:
       model: a plain model.
