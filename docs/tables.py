@@ -38,10 +38,7 @@ FIRST_HOUR = [
     ),
     (["callbacks/rewind.py"], "the one door by which weights enter a model"),
     (["tickets.py"], "mask + start weights, and the file"),
-    (
-        ["recipes/record.py", "recipes/imp.py", "recipes/one_shot.py", "experiments/branches.py"],
-        "the recipes, and their controls",
-    ),
+    (["recipes/record.py", "recipes/imp.py", "recipes/one_shot.py"], "the recipes"),
 ]
 SECOND_HOUR = [
     (["spec.py", "schedules.py"], "one experiment as a value; densities and rates over time"),
@@ -52,6 +49,7 @@ SECOND_HOUR = [
         ["experiments/plans.py", "experiments/picking.py", "experiments/laboratory.py"],
         "what will be done, tickets picked before training, the workdir",
     ),
+    (["experiments/branches.py"], "controls run off a ticket"),
 ]
 
 

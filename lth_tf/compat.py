@@ -59,14 +59,25 @@ with _quiet():
 PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
 __all__ = [
-    "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "heartbeats",
-    "is_keras_3", "keras", "os_errors", "tf", "tfmot",
+    "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "all_digits",
+    "heartbeats", "is_keras_3", "keras", "os_errors", "tf", "tfmot",
 ]  # fmt: skip
 
 
 def is_keras_3(thing: object) -> bool:
     """Says whether an object's class comes from Keras 3, which this package cannot prune."""
     return any(c.__module__.split(".")[0] == "keras" for c in type(thing).__mro__)
+
+
+@contextlib.contextmanager
+def all_digits() -> Iterator[None]:
+    """Within, GPUs multiply float32 as such, not in TF32, whose ten bits change GraSP's masks."""
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def heartbeats(workers: int, seconds: float) -> None:

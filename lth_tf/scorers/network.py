@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lth_tf import distribute, pruning
-from lth_tf.compat import keras, tf
+from lth_tf.compat import all_digits, keras, tf
 from lth_tf.errors import UserError
 from lth_tf.pruning.inside import is_graph_network, layers_within
 from lth_tf.scorers import inside, norms
@@ -314,7 +314,7 @@ class Network:
         labels = self._fitting(values, inputs, labels)
         numbers = tf.constant(weight, self.dtype), loss, tf.constant(temperature, self.dtype)
         arguments = values, inputs, labels, *numbers, *vector
-        with explained(self.model, self.dtype), _all_digits():
+        with explained(self.model, self.dtype), all_digits():
             value, result = function(*arguments)
         if function is self._product:
             norms.refuse_moments(function.get_concrete_function(*arguments).graph, self.model)
@@ -353,17 +353,6 @@ _NOISE = (
     keras.layers.GaussianNoise,
 )
 _PREPROCESSING = keras.layers.Normalization, keras.layers.Rescaling
-
-
-@contextlib.contextmanager
-def _all_digits() -> Iterator[None]:
-    """Within, GPUs multiply float32 as such, not in TF32, whose ten bits change GraSP's masks."""
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def passed_on(inputs: Any, training: Any = None, mask: Any = None) -> Any:
