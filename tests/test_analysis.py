@@ -434,3 +434,15 @@ def test_compare_needs_a_density_that_all_have(tmp_path):
     dense = workdir(tmp_path / "c", Spec(), {0: 1.0})
     with pytest.raises(UserError, match="no density at which all have tickets"):
         comparison.compare([dense, one])
+
+
+def test_compare_takes_runs_that_were_watched_or_went_on_otherwise(tmp_path):
+    watched = Spec(checkpoint_every=7, worker_timeout=9.0, histograms=True, replicates=2)
+    other = Spec(recipe="one_shot", scope="global", scorer="snip", density=(0.5,))
+    found = comparison.compare(
+        [
+            workdir(tmp_path / "imp", watched, {0: 1.0, 1: 0.5}),
+            workdir(tmp_path / "snip", other, {1: 0.5}),
+        ]
+    )
+    assert list(found.methods) == ["imp (scope layerwise)", "snip"]

@@ -797,3 +797,17 @@ def test_tickets_that_were_only_scored_are_not_taken_over(tmp_path):
         with pytest.raises(UserError, match=message):
             experiments.run(other, tmp_path, data)
     assert (folder(tmp_path, 1) / "ticket.safetensors").read_bytes() == before
+
+
+def test_a_run_builds_its_network_once(tmp_path, monkeypatch):
+    built = []
+    own = models.build
+    monkeypatch.setattr(models, "build", lambda *given: built.append(given) or own(*given))
+    densities = {"scorer": "snip", "density": (0.5, 0.2, 0.1)}
+    one_shot(pick(**densities), tmp_path / "scored", DIGITS, score_only=True)
+    assert len(built) == 1
+    one_shot(pick(**densities, train_steps=5), tmp_path / "trained", DIGITS)
+    assert len(built) == 2
+    own_only = {"controls": (), "control_levels": ()}  # a control draws its weights anew
+    imp(spec(levels=2, train_steps=5, replicates=2, **own_only), tmp_path / "imp", DIGITS)
+    assert len(built) == 4  # the second replicate's weights are drawn by building it

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from lth_tf.errors import UserError
-from lth_tf.spec import Spec, owners
+from lth_tf.recipes import RECIPES
+from lth_tf.spec import Spec, fields_of, owners
 
 FIELDS = {field.name: field for field in dataclasses.fields(Spec)}
 # field -> what else it needs, values that are allowed, values that are out of range.
@@ -412,3 +413,39 @@ def test_digest_is_the_same_in_every_process():
     }
     assert out == {Spec(controls=("reinit",)).digest()}
     assert len(Spec().digest()) == 8 and int(Spec().digest(), 16) >= 0
+
+
+# Digests that are the names of folders people have.
+@pytest.mark.parametrize(
+    "fields, digest",
+    [
+        ({}, "81af02b6"),
+        ({"levels": 3, "one_shot": True, "controls": ("reinit",)}, "418cbd49"),
+        ({"recipe": "one_shot"}, "8674ac51"),
+        (
+            {"recipe": "one_shot", "scope": "global", "scorer": "snip", "density": (0.1, 0.02)},
+            "823685dd",
+        ),
+    ],
+)
+def test_digests_stay_what_they_were(fields, digest):
+    assert Spec(**fields).digest() == digest
+
+
+def test_a_field_of_several_recipes_is_in_the_identity_of_each(monkeypatch):
+    both = dataclasses.replace(RECIPES["imp"], fields=("density", "levels"))
+    monkeypatch.setitem(RECIPES._entries, "both", both)
+    assert owners("density") == ["one_shot", "both"] and owners("levels") == ["imp", "both"]
+    other = Spec(recipe="both", density=(0.3,), levels=2, one_shot=False)
+    assert other.identity()["density"] == [0.3] and "scorer" not in other.identity()
+    assert other.digest() != Spec(recipe="both", density=(0.4,), levels=2).digest()
+    assert "density" in Spec(recipe="one_shot").identity() and "density" not in Spec().identity()
+    with pytest.raises(UserError, match="'imp', only for 'one_shot' and 'both'"):
+        Spec(density=(0.3,))
+    assert Spec().digest() == "81af02b6"
+
+
+def test_every_field_has_one_role():
+    roles = [fields_of(role=role) for role in ("training", "masks", "course")]
+    assert sorted(sum(roles, [])) == sorted(FIELDS)
+    assert set(fields_of(role="course")) == {"checkpoint_every", "worker_timeout", "histograms"}
