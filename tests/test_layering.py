@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = [
     {"compat", "errors", "masks"},
     {"pruning", "registry", "storage"},
-    {"callbacks", "schedules", "scopes", "tasks"},
-    {"recipes"},
+    {"schedules", "scopes", "tasks"},
+    {"callbacks", "recipes"},
     {"spec"},
     {"datasets", "distribute", "models", "tickets"},
     {"doctor", "scorers", "training"},
