@@ -50,7 +50,14 @@ def run(
     return lab.summary
 
 
-def imp(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+def imp(
+    spec: Spec,
+    workdir: str | os.PathLike,
+    dataset: Dataset,
+    progress: Callable[[Plan], Any] | None = None,
+    *,
+    trunk: str | os.PathLike | None = None,
+) -> list[dict[str, Any]]:
     """Iterative magnitude pruning with rewinding, in all replicates, with controls.
 
     Frankle and Carbin 2019, section 1: train, prune, rewind, again; `retrain` and
@@ -58,7 +65,7 @@ def imp(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
 
     Args:
       spec: the experiment, of the recipe 'imp'.
-      *arguments, **options: as for `run`.
+      workdir, dataset, progress, trunk: as for `run`.
 
     Returns:
       The rows of summary.csv.
@@ -66,10 +73,19 @@ def imp(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
     Raises:
       UserError: a spec of another recipe; or as `run`.
     """
-    return _of("imp", spec, arguments, options)
+    _require(spec, "imp")
+    return run(spec, workdir, dataset, progress, trunk=trunk)
 
 
-def one_shot(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+def one_shot(
+    spec: Spec,
+    workdir: str | os.PathLike,
+    dataset: Dataset,
+    progress: Callable[[Plan], Any] | None = None,
+    *,
+    score_only: bool = False,
+    trunk: str | os.PathLike | None = None,
+) -> list[dict[str, Any]]:
     """Pruning before training: a ticket of each density, picked from the initial weights.
 
     Level i is the ticket of the i-th density, from the highest on; level 0, the dense
@@ -77,7 +93,7 @@ def one_shot(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]
 
     Args:
       spec: the experiment, of the recipe 'one_shot'.
-      *arguments, **options: as for `run`.
+      workdir, dataset, progress, score_only, trunk: as for `run`.
 
     Returns:
       The rows of summary.csv.
@@ -85,10 +101,10 @@ def one_shot(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]
     Raises:
       UserError: a spec of another recipe; or as `run`.
     """
-    return _of("one_shot", spec, arguments, options)
+    _require(spec, "one_shot")
+    return run(spec, workdir, dataset, progress, score_only=score_only, trunk=trunk)
 
 
-def _of(recipe: str, spec: Spec, arguments: tuple, options: dict) -> list[dict[str, Any]]:
+def _require(spec: Spec, recipe: str) -> None:
     if RECIPES[spec.recipe] is not RECIPES[recipe]:
         raise UserError(f"the spec's recipe is {spec.recipe!r}, not {recipe!r}; use run(spec, ...)")
-    return run(spec, *arguments, **options)
