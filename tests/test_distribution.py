@@ -429,7 +429,7 @@ def test_a_worker_is_the_one_that_its_cluster_names(jobs, task, found):
             pass
 
         cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-            tf.train.ClusterSpec(jobs), *task
+            tf.train.ClusterSpec(jobs), task_type=task[0], task_id=task[1]
         )
         num_replicas_in_sync = found[1] if found else 2
         extended = types.SimpleNamespace(worker_devices=("CPU:0",))
