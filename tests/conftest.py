@@ -2,15 +2,22 @@
 
 import pytest
 
-from lth_tf.compat import keras, tf
-from lth_tf.models import MODELS, parts
 
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
-)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection():
+    """Not on import: the process that hands tests out to others has no use for TensorFlow."""
+    from lth_tf.compat import tf
 
-# Files whose tests start processes of their own take the longest, so that they begin first.
-LONGEST = "distribution", "sweep", "tools", "faults", "scorers", "training", "export_tool"
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+    )
+
+
+# They begin first, so that none of them is left to one process at the end.
+LONGEST = (
+    "distribution", "scorers", "experiment", "conformance", "training", "pruning", "models",
+    "stream", "tools", "sweep", "moves", "checkpoints", "faults", "datasets", "additions",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -22,6 +29,9 @@ def pytest_collection_modifyitems(items):
 
 
 def _thin_norm(input_shape, classes, seed, *, init="glorot_normal"):
+    from lth_tf.compat import keras
+    from lth_tf.models import parts
+
     inits = parts.initialisers(init, seed)
     return keras.Sequential(
         [
@@ -38,5 +48,7 @@ def _thin_norm(input_shape, classes, seed, *, init="glorot_normal"):
 @pytest.fixture
 def thin_norm(monkeypatch):
     """The name of a small network with batch normalisation, which there is within a test."""
+    from lth_tf.models import MODELS
+
     monkeypatch.setitem(MODELS._entries, "thin_norm", _thin_norm)
     return "thin_norm"

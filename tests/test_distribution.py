@@ -221,7 +221,7 @@ def begin(tool, flags, workdir, count=2):
     for index in range(count):
         config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         words = [f"--workdir={workdir}", "--distribute=multi_worker", *flags]
-        words = ["-m", f"lth_tf.tools.{tool}", *words] if isinstance(tool, str) else tool
+        words = [*(["-m", f"lth_tf.tools.{tool}"] if isinstance(tool, str) else tool), *words]
         processes.append(
             subprocess.Popen(
                 [sys.executable, *words],
@@ -279,11 +279,10 @@ def test_two_workers_end_with_the_masks_of_one_process(two_workers, tmp_path):
     assert not list(workdir.rglob("checkpoint_*"))
 
 
-def test_two_workers_pick_the_masks_of_one_process(tmp_path):
-    codes, told = ended(begin("one_shot", PICK, tmp_path / "two"))
-    assert codes == [0, 0], told
-    alone("one_shot", PICK, tmp_path / "one")
-    require_same_masks(tmp_path / "one", tmp_path / "two", 2)
+def test_two_workers_pick_the_masks_of_one_process(two_that_pick, tmp_path):
+    workdir, _ = two_that_pick
+    alone("one_shot", PICK, tmp_path)
+    require_same_masks(tmp_path, workdir, 2)
 
 
 @pytest.mark.parametrize("victim", [1])
@@ -308,9 +307,16 @@ def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
     assert contents(workdir) == contents(calm)
 
 
+# After lth-oneshot, so that no other processes need to be started.
 IN_WORKERS = """
-from conftest import _thin_norm  # first, for it makes logical devices
-import numpy as np, sys
+import runpy, sys
+try:
+    runpy.run_module("lth_tf.tools.one_shot", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+
+import numpy as np
+from conftest import _thin_norm
 from lth_tf import datasets, distribute, masks
 from lth_tf.experiments import picking
 from lth_tf.compat import tf
@@ -362,11 +368,18 @@ sys.stdout.flush()
 """
 
 
-def test_scores_in_float32_and_batch_norm_of_two_workers():
-    tests = os.path.dirname(__file__)
+@pytest.fixture(scope="module")
+def two_that_pick(tmp_path_factory):
+    """What two workers of lth-oneshot left, and what they printed, who go on in IN_WORKERS."""
+    workdir, tests = tmp_path_factory.mktemp("workers") / "picked", os.path.dirname(__file__)
     code = f"import sys; sys.path.insert(0, {tests!r})\n{IN_WORKERS}"
-    codes, told = ended(begin(["-c", code], [], None))
+    codes, told = ended(begin(["-c", code], PICK, workdir), within=180)
     assert codes == [0, 0], told
+    return workdir, told
+
+
+def test_scores_in_float32_and_batch_norm_of_two_workers(two_that_pick):
+    _, told = two_that_pick
     for out, _ in told:
         assert out.count("was added up in another order") == 2
         assert "a state holds both workers' statistics" in out

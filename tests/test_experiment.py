@@ -323,14 +323,22 @@ def test_a_first_try_that_finished_nothing_does_not_keep_the_workdir(tmp_path):
     imp(spec(levels=0, controls=(), control_levels=()), tmp_path, DIGITS)
 
 
+REWOUND = spec(levels=1, rewind_step=10, controls=(), control_levels=())
+
+
+@pytest.fixture(scope="module")
+def rewound(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewound")
+    imp(REWOUND, path, DIGITS)
+    return path
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "rewind.safetensors", "trained.safetensors"])
-def test_a_level_that_lost_a_file_is_done_again_alike(tmp_path, name):
-    s = spec(levels=1, rewind_step=10, controls=(), control_levels=())
-    imp(s, tmp_path, DIGITS)
-    before = contents(tmp_path)
-    (folder(tmp_path, 0) / name).unlink()
-    imp(s, tmp_path, DIGITS)
-    assert contents(tmp_path) == before
+def test_a_level_that_lost_a_file_is_done_again_alike(rewound, tmp_path, name):
+    shutil.copytree(rewound, tmp_path / "copy")
+    (folder(tmp_path / "copy", 0) / name).unlink()
+    imp(REWOUND, tmp_path / "copy", DIGITS)
+    assert contents(tmp_path / "copy") == contents(rewound)
 
 
 def test_a_ticket_of_another_spec_is_not_adopted(tmp_path):

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import pathlib
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
+from test_tools import tool
 
 from lth_tf import datasets, experiments, exporters
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 from lth_tf.tickets import load_ticket, load_trained
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-# Importing TensorFlow takes longer than all runs together: one process does them all.
-DRIVER = """
-import contextlib, io, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from lth_tf.tools import export
-results = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["lth-export", *arguments]
-    out, err = io.StringIO(), io.StringIO()
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            export.run()
-        except SystemExit as end:
-            code = end.code
-    results.append((code or 0, out.getvalue(), err.getvalue()))
-print(json.dumps(results))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +57,21 @@ def runs(workdir) -> dict[str, tuple[int, str, str]]:
         "no level flag": [work],
         "what": [work, level, "--what=trianed"],
     }
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(list(commands.values()))],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(commands, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    found = {}
+    for name, words in commands.items():
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            tool("export") as export,
+            flagsaver.flagsaver(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            patch.setattr(sys, "argv", ["lth-export", *words])
+            export.run()
+        found[name] = ended.value.code or 0, out.getvalue(), err.getvalue()
+    return found
 
 
 def weights_in(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -400,8 +400,8 @@ def test_the_seed_changes_which_weights_are_kept_and_nothing_else_does():
     assert masks.overlap(picked().mask, pick(trained_otherwise).mask) > 0.98
 
 
-def test_batch_norm_mode_reaches_the_scorer():
-    thin = spec(scorer="snip", model="resnet20", width=1 / 8)
+def test_batch_norm_mode_reaches_the_scorer(thin_norm):
+    thin = spec(scorer="snip", model=thin_norm)
     by_default, train = pick(thin), pick(dataclasses.replace(thin, score_batch_norm="train"))
     assert by_default.origin["scoring"]["batch_norm"] == "eval"
     assert train.origin["scoring"]["batch_norm"] == "train"

@@ -66,11 +66,14 @@ def eager(s, steps, update):
             loss = tf.reduce_mean(losses)
         variables = pruning.weights(model)
         gradients = tape.gradient(loss, variables)
+        rate = rate_by_hand(s, step)
         for n, w in weights.items():
-            g = gradients[n].numpy() + s.weight_decay * w
+            g = gradients[n].numpy()
+            if s.optimizer != "adamw":
+                g = g + s.weight_decay * w
             if n in mask:
                 g = np.where(mask[n] != 0, g, 0.0)
-            weights[n] = w - update(s, step, g, state[n])
+            weights[n] = w - update(s, step, rate, g, w, state[n])
     return weights
 
 
@@ -79,37 +82,71 @@ def keras_float(x):
     return float(np.float32(x))
 
 
-def adam(s, step, g, state):
-    a, b = keras_float(0.9), keras_float(0.999)
-    state[0] += (g - state[0]) * keras_float(1 - 0.9)
-    state[1] += (g**2 - state[1]) * keras_float(1 - 0.999)
-    rate = s.learning_rate * np.sqrt(1 - b ** (step + 1)) / (1 - a ** (step + 1))
-    return rate * state[0] / (np.sqrt(state[1]) + 1e-7)
+def rate_by_hand(s, step):
+    rate = s.learning_rate * s.lr_drop_factor ** sum(step >= drop for drop in s.lr_drops)
+    if s.lr_schedule == "cosine":
+        rate *= 0.5 + 0.5 * np.cos(np.pi * step / s.train_steps)
+    if step < s.warmup_steps:
+        rate *= (step + 1) / s.warmup_steps
+    return rate
 
 
-def momentum(s, step, g, state):
-    state[0] = keras_float(s.momentum) * state[0] + s.learning_rate * g
+def sgd(s, step, rate, g, w, state):
+    return rate * g
+
+
+def momentum(s, step, rate, g, w, state):
+    """v <- mu v + rate g, and v is taken (Sutskever et al. 2013, eq. 1 and 2)."""
+    state[0] = keras_float(s.momentum) * state[0] + rate * g
     return state[0]
 
 
-@pytest.mark.parametrize(
-    "name, update, changes",
-    [
-        # Rates are powers of 2, since Keras holds them in float32.
-        ("adam", adam, {"learning_rate": 2**-10}),
-        ("momentum", momentum, {"learning_rate": 2**-4, "weight_decay": 0.01}),
-        ("sgd", lambda s, t, g, st: s.learning_rate * g, {"learning_rate": 2**-3}),
-        (
-            "sgd",
-            lambda s, t, g, st: s.learning_rate * g,
-            {"learning_rate": 2**-3, "augmentation": "resized_crop"},
-        ),
-    ],
-)
-def test_loop_equals_a_training_written_out_by_hand(name, update, changes):
-    s = spec(optimizer=name, precision="float64", train_steps=25, **changes)
+def nesterov(s, step, rate, g, w, state):
+    """The same at the point looked ahead to, told by the weights that stand there:
+    mu v + rate g with the new v (Sutskever et al. 2013, eq. 3 and 4).
+    """
+    return keras_float(s.momentum) * momentum(s, step, rate, g, w, state) + rate * g
+
+
+def adam(s, step, rate, g, w, state):
+    """Kingma and Ba 2015, before section 2.1: epsilon hat."""
+    a, b = keras_float(0.9), keras_float(0.999)
+    state[0] += (g - state[0]) * keras_float(1 - 0.9)
+    state[1] += (g**2 - state[1]) * keras_float(1 - 0.999)
+    rate = rate * np.sqrt(1 - b ** (step + 1)) / (1 - a ** (step + 1))
+    return rate * state[0] / (np.sqrt(state[1]) + 1e-7)
+
+
+def adamw(s, step, rate, g, w, state):
+    """Loshchilov and Hutter 2019, algorithm 2: the decay is no part of the gradient."""
+    return adam(s, step, rate, g, w, state) + rate * keras_float(s.weight_decay) * w
+
+
+HAND = {f.__name__: f for f in (sgd, momentum, nesterov, adam, adamw)}
+RATES = {"sgd": 2**-3, "momentum": 2**-4, "nesterov": 2**-4, "adam": 2**-10, "adamw": 2**-10}
+SHAPES = {
+    "plain": {},
+    "drops": {"lr_schedule": "steps", "lr_drops": (8, 15), "warmup_steps": 3, "weight_decay": 0.01},
+    "cosine": {"lr_schedule": "cosine", "warmup_steps": 5},
+}
+BY_HAND = {f"{name}, {shape}": (name, SHAPES[shape]) for name in HAND for shape in SHAPES} | {
+    "momentum, decay": ("momentum", {"weight_decay": 0.01}),
+    "adamw, decay": ("adamw", {"weight_decay": 0.01}),
+    "sgd, resized_crop": ("sgd", {"augmentation": "resized_crop"}),
+}
+
+
+def test_every_optimizer_is_written_out_by_hand():
+    assert HAND.keys() == RATES.keys() == set(training.OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name, changes", BY_HAND.values(), ids=BY_HAND)
+def test_loop_equals_a_training_written_out_by_hand(name, changes):
+    # Constant rates are powers of 2, since Keras holds them in float32.
+    exact = {"precision": "float64", "learning_rate": RATES[name]}
+    s = spec(optimizer=name, train_steps=25, **exact, **changes)
     with training.policy("float64"):
-        oracle = eager(s, 25, update)
+        oracle = eager(s, 25, HAND[name])
     trained = run(s).weights
     for n in oracle:
         np.testing.assert_allclose(trained[n], oracle[n], rtol=1e-7, atol=1e-9)
