@@ -205,6 +205,14 @@ def test_the_official_grasp_halves_by_class_adds_up_and_redraws_dense_kernels():
     assert error(scores, score(model, "grasp", [(X, Y)])) > 0.1
 
 
+def test_the_official_snip_draws_a_variance_of_one_over_the_fan_in():
+    redrawn = SCORERS["snip"].__globals__["_redrawn"]
+    w = redrawn({"conv": np.ones((3, 3, 64, 128)), "fc": np.ones((700, 300))}, 0)
+    for name, fan_in in (("conv", 576), ("fc", 700)):
+        assert abs(w[name].var() * fan_in - 1) < 0.02
+        assert np.abs(w[name]).max() <= 2 / 0.8796 / fan_in**0.5
+
+
 def test_the_official_snip_scores_weights_that_are_not_trained():
     model = net()
     first = score(model, "snip", [(X, Y)], variant="official", seed=1)
