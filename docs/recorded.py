@@ -264,8 +264,14 @@ def facts() -> dict[str, list[str]]:
 def lenet_facts() -> list[str]:
     """What is said of the ticket paper's LeNet."""
     short, long = Lenet("mnist_lenet_imp_15k"), Lenet("mnist_lenet_imp")
-    (early, agree), (end, agree_too) = short.winning.early or (0, 0), short.winning.end or (0, 0)
-    once = [f"{found[0] * 100:.2f}" for found in (long.winning.early, long.winning.end) if found]
+    (early, agree), (end, agree_too) = (
+        (series_of(f"{d * 100:.2f}" for d, _ in wins), series_of(f"{n}" for _, n in wins))
+        for wins in (short.winning.early, short.winning.end)
+    )
+    once = [
+        series_of(f"{d * 100:.2f}" for d, _ in wins)
+        for wins in (long.winning.early, long.winning.end)
+    ]
     fast = [level for level in range(1, 6) if long.steps(level) <= long.steps(0)]
     slow = [level for level in range(1, 6) if level not in fast]
     last = next(level for level in short.levels if short.steps(level) >= short.steps(0)) - 1
@@ -275,15 +281,21 @@ def lenet_facts() -> list[str]:
     ]
     return [
         f"{' and '.join(minutes)} minutes of training",
-        f"winning down to {early * 100:.2f} % density ({agree} of 3 replicates agree) and match "
-        f"the dense network at the end down to {end * 100:.2f} % ({agree_too} of 3)",
-        f"At 50,000 steps, one replicate, it is {' and '.join(once)} %",
+        f"winning at {early} % density ({agree} of 3 replicates agree), of seven densities, and "
+        f"match the dense network at the end, where re-initialised ones do not, at {end} % "
+        f"({agree_too} of 3)",
+        f"At 50,000 steps, one replicate, it is {once[0]} % and {once[1]} %, of ten:",
         f"they are {-long.early(1, 'reinit'):.2f} and {-long.early(3, 'reinit'):.2f} points below "
         f"it at {listed(long, [1, 3])} %, too, and not below it at {listed(long, [5, 7, 9])} %",
         f"the tickets at {listed(long, slow)} % are slower than the dense network and those at "
         f"{listed(long, fast)} % faster",
         f"the means are faster than dense from 80 to {short.density(last)} %",
     ]
+
+
+def series_of(words: Iterable[str]) -> str:
+    """Returns '3, 4 and 5'."""
+    return " and ".join(", ".join(words).rsplit(", ", 1))
 
 
 def fashion_facts() -> list[str]:

@@ -65,6 +65,68 @@ def overlap(a: Mask, b: Mask) -> float:
     return both / either if either else 1.0
 
 
+def tied(
+    scores: Mapping[str, np.ndarray],
+    mask: Mask,
+    within: Mask | None = None,
+    *,
+    pooled: bool = False,
+) -> dict[str, tuple[int, int]]:
+    """Returns where equal scores were divided by position: name -> (kept, pruned) of them.
+
+    A cut falls among equal scores where the highest of those pruned is also one of those kept.
+
+    Args:
+      scores: kernel name -> array, higher = keep.
+      mask: what was made of them.
+      within: only weights that this mask keeps took part.
+      pooled: whether all kernels competed in one ranking.
+
+    Returns:
+      Those kernels with such scores, and how many of them.
+
+    >>> tied({"a": np.array([0.0, 0, 1]), "b": np.zeros(2)},
+    ...      {"a": np.array([1, 0, 1]), "b": np.zeros(2)}, pooled=True)
+    {'a': (1, 1), 'b': (0, 2)}
+    """
+    lost = {
+        n: (mask[n] == 0) if within is None else (mask[n] == 0) & (within[n] != 0) for n in scores
+    }
+    tops = {n: s[lost[n]].max() for n, s in scores.items() if lost[n].any()}
+    if pooled and tops:
+        tops = dict.fromkeys(scores, max(tops.values()))
+    found = {}
+    for name, top in tops.items():
+        equal = scores[name] == top
+        found[name] = (
+            int(np.count_nonzero(equal & (mask[name] != 0))),
+            int(np.count_nonzero(equal & lost[name])),
+        )
+    if pooled and not any(kept for kept, _ in found.values()):
+        return {}
+    return {n: both for n, both in found.items() if any(both) and (pooled or both[0])}
+
+
+def said_of_ties(found: Mapping[str, tuple[int, int]], size: int) -> str:
+    """Returns a sentence on what `tied` found, '' where few weights were decided by position.
+
+    Few are less than 10, or less than 1 % of those kept.
+
+    Args:
+      found: kernel name -> (kept, pruned).
+      size: the number of weights that the mask keeps.
+    """
+    kept, pruned = (sum(both[i] for both in found.values()) for i in (0, 1))
+    if min(kept, pruned) < max(10, size / 100):
+        return ""
+    names = [f"{name} ({k + p:,})" for name, (k, p) in found.items()]
+    names = names if len(names) < 7 else [*names[:5], f"{len(names) - 5} more kernels"]
+    return (
+        f"the cut falls among {kept + pruned:,} equal scores: {kept:,} of them are kept and "
+        f"{pruned:,} pruned by nothing but their position, in {', '.join(names)}"
+    )
+
+
 def shuffle(mask: Mask, rng: np.random.Generator) -> Mask:
     """Returns `mask` with each kernel's entries permuted within that kernel.
 

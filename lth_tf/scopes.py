@@ -39,7 +39,8 @@ from lth_tf.registry import Registry
 
 Density = float | Mapping[str, float]
 Scope = Callable[..., Mask]
-SCOPES: Registry[Scope] = Registry("scope")
+# What others need to know: whether all kernels compete in one ranking.
+SCOPES: Registry[Scope] = Registry("scope", pooled=False)
 
 
 def count(density: float, n: int) -> int:
@@ -201,7 +202,7 @@ def _checked(mask: Mask, min_per_layer: int | None) -> Mask:
     return mask
 
 
-@SCOPES.register("global")
+@SCOPES.register("global", pooled=True)
 def global_(
     scores: Scores,
     density: Density,

@@ -29,7 +29,8 @@ def _field(default: Any, help: str, **metadata: Any) -> Any:
     a dense training computes), 'masks' (which masks there are, or what is trained under them),
     'course' (only how a run is watched and kept going). `grows` marks what can be raised later
     without making another experiment of it; `extent`, how far or in what strides pruning goes,
-    which makes no other method of it.
+    which makes no other method of it. `later` marks what came after the first release: at its
+    default it is left out of dictionaries, so that what was written before stays equal.
 
     Which recipes have a field, they say themselves (`Recipe.fields`); such a field decides
     about masks.
@@ -83,6 +84,13 @@ class Spec:
         choices=("none", "flip_crop", "resized_crop"),
     )
     init: str = _field("glorot_normal", "Initialisation of the kernels.", registry="inits")
+    output_std: float | None = _field(
+        None,
+        "Draw the output layer's kernel from N(0, this^2) instead, whatever --init says.",
+        low=0.0,
+        open=True,
+        later=True,
+    )
 
     scope: str = _field(
         "layerwise", "Which weights compete with each other.", registry="scopes", role="masks"
@@ -102,7 +110,8 @@ class Spec:
         "grasp", "How weights are ranked.", registry="scorers"
     )
     scorer_options: tuple[tuple[str, Any], ...] = _field(
-        (), "Options of the scorer that have no field here: (name, value), sorted.", flag=False
+        (), "Options of the scorer that have no field here: (name, value), sorted.",
+        flag=False, later=True,
     )
     rounds: int | None = _field(
         None,
@@ -131,6 +140,12 @@ class Spec:
     )
     score_loss: str = _field(
         "cross_entropy", "Loss that snip and grasp score with.", registry="losses"
+    )
+    score_augmentation: bool = _field(
+        False,
+        "Score on images changed by --augmentation, as published GraSP does. flip_crop changes "
+        "the pixels before they are scaled, so that what it puts around them is black.",
+        later=True,
     )
     temperature: float = _field(
         200.0, "Divides the logits for grasp.", low=0.0, open=True,
@@ -215,6 +230,10 @@ class Spec:
     lr_drop_factor: float = _field(0.1, "Factor at each of lr_drops.", low=0.0, open=True)
     warmup_steps: int = _field(0, "Steps of linear warm-up.", low=0)
     momentum: float = _field(0.9, "For momentum and nesterov.", low=0.0, high=1.0)
+    adam_epsilon: float = _field(
+        1e-7, "For adam and adamw: added to the root of the second moment.", low=0.0, open=True,
+        later=True,
+    )
     weight_decay: float = _field(
         0.0,
         "wd * w added to the gradient of every trainable weight (L2 as the papers mean it); "
@@ -376,6 +395,8 @@ class Spec:
             if scorer != self.scorer and value != field.default:
                 shown = f"{value:g}" if isinstance(value, float) else repr(value)
                 raise UserError(f"{field.name} {shown} needs --scorer={scorer}")
+        if self.score_augmentation and self.augmentation == "none":
+            raise UserError("score_augmentation needs --augmentation=flip_crop or resized_crop")
         if not self.density or len(set(self.density)) < len(self.density):
             raise UserError(f"density {list(self.density)} must name different densities")
 
@@ -399,13 +420,14 @@ class Spec:
         return self.train_steps, self.train_steps + steps
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON-ready values; `scorer_options` only where there are any."""
+        """Returns the fields as JSON-ready values; later ones only where they say something."""
         values = {
             field.name: list(value) if isinstance(value, tuple) else value
             for field in dataclasses.fields(self)
             for value in [getattr(self, field.name)]
+            if not (field.metadata.get("later") and value == field.default)
         }
-        if options := values.pop("scorer_options"):
+        if options := values.pop("scorer_options", None):
             values["scorer_options"] = dict(options)
         return values
 
@@ -476,6 +498,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     >>> differences({"seed": 1, "levels": 3}, {"seed": 2, "levels": 3})
     'seed is 1 there, 2 here'
     """
+    later = {f.name: f.default for f in dataclasses.fields(Spec) if f.metadata.get("later")}
+    there, here = ({**later, **values} for values in (there, here))
     return "; ".join(
         f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
         for name in {**there, **here}

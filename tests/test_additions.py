@@ -321,7 +321,7 @@ def test_a_task_is_one_entry(monkeypatch, capsys, tmp_path):
                     (row["arm"], row["level"]), 1.0
                 )]
             ]  # fmt: skip
-            assert (analysis.winning(made).end is not None) == wins
+            assert bool(analysis.winning(made).end) == wins
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -139,8 +139,10 @@ def test_density_of_a_point_is_the_mean():
 
 
 def verdict(*rows):
+    """The smallest densities that win."""
     found = analysis.winning(rows)
-    return found.early, found.end, found.replicates
+    early, end = (wins[-1] if wins else None for wins in (found.early, found.end))
+    return early, end, found.replicates
 
 
 LOST = {"early": 0.90, "end": 0.90}
@@ -166,6 +168,18 @@ def test_wins_at_the_end_but_not_early():
     assert verdict(*rows) == (None, (0.5, 1), 1)
     rows = [row("ticket", 0), row("ticket", 1), row("reinit", 1, early=0.979, end=0.90)]
     assert verdict(*rows) == (None, (0.5, 1), 1)
+
+
+def test_each_density_that_wins_is_named_and_no_other():
+    rows = [row("ticket", 0)]
+    for level in range(1, 5):
+        rows += [row("ticket", level), row("reinit", level, **LOST)]
+    rows += [row("ticket", 5)]  # without a control
+    rows[3] = row("ticket", 2, step=101)
+    rows[7] = row("ticket", 4, end=0.5)
+    found = analysis.winning(rows[::-1])
+    assert found.early == ((1 / 2, 1), (1 / 8, 1), (1 / 16, 1)) and found.compared == 4
+    assert found.end == ((1 / 2, 1), (1 / 4, 1), (1 / 8, 1))
 
 
 def test_smallest_density_wins_even_past_a_level_that_does_not():

@@ -436,6 +436,18 @@ def test_scorers_made_by():
     assert isinstance(scorers.made_by(model.inputs[0]), layers.InputLayer)
 
 
+def test_scorers_function_of():
+    x = keras.Input((3,))
+    operation = scorers.made_by(tf.nn.relu6(x))
+    wrapped = layers.Lambda(tf.nn.relu6)
+    for layer in (operation, wrapped):
+        assert scorers.function_of(layer) == ("function",) and callable(layer.function)
+        assert layer(tf.constant([9.0])).numpy() == 6
+        with scorers.replaced([(layer, "function", lambda x, **_: x)]):
+            assert layer(tf.constant([9.0])).numpy() == 9
+    assert scorers.function_of(layers.ReLU(6.0)) == ()
+
+
 def test_scorers_omit_tracing_warning(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("tensorflow"), "propagate", True)
 

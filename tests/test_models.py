@@ -1,6 +1,7 @@
 """models: the papers' sizes, weights that are a function of the seed, noise that repeats."""
 
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import inspect
@@ -17,7 +18,7 @@ import pytest
 from lth_tf import models, pruning, storage
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
-from lth_tf.models import INITS, MODELS, StatelessDropout
+from lth_tf.models import INITS, MODELS, StatelessDropout, initial_weights, plain_model
 from lth_tf.models.resnet import IdentityShortcut
 from lth_tf.spec import Spec
 
@@ -459,6 +460,7 @@ STD = {
     "glorot_normal_untruncated": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
     "glorot_uniform": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
     "kaiming_normal": lambda fan_in, fan_out: math.sqrt(2 / fan_in),
+    "kaiming_normal_fan_out": lambda fan_in, fan_out: math.sqrt(2 / fan_out),
 }
 # Largest |w| in standard deviations; a normal variable truncated at 2 has a deviation of 0.8796.
 BOUND = {"glorot_normal": 2 / 0.87962566103423978, "glorot_uniform": math.sqrt(3)}
@@ -498,6 +500,31 @@ def test_models_use_the_init(init):
             std = STD[init](field * kernel.shape[-2], field * kernel.shape[-1])
             n = math.prod(kernel.shape)
             assert abs(kernel.numpy().std() / std - 1) < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("model", ["lenet_300_100", "vgg11"])
+def test_the_output_layer_has_a_deviation_of_its_own(model):
+    """With --init=kaiming_normal_fan_out these are the weights that GraSP's code starts from."""
+    options = {"width": 0.25} if model == "vgg11" else {}
+    spec = Spec(model=model, init="kaiming_normal_fan_out", **options)
+    both = spec, dataclasses.replace(spec, output_std=0.01)
+    before, after = (initial_weights(s, (32, 32, 3), 100, 3) for s in both)
+    *others, last = after[1]
+    w = after[0][last]
+    assert abs(w.std() / 0.01 - 1) < 5 / math.sqrt(w.size) and abs(w.mean()) < 0.05 * w.size**-0.5
+    assert all(np.array_equal(before[0][n], after[0][n]) for n in after[0] if n != last)
+    assert np.array_equal(w, initial_weights(both[1], (32, 32, 3), 100, 3)[0][last])
+    assert not np.array_equal(w, initial_weights(both[1], (32, 32, 3), 100, 4)[0][last])
+
+
+@pytest.mark.parametrize("model", ["lenet_300_100", "conv2", "resnet20", "vgg11"])
+def test_float64_networks_take_float64_in(model):
+    shape = (8, 8, 3) if model == "conv2" else (32, 32, 3)
+    made = plain_model(Spec(model=model, precision="float64"), shape, 10, 0)
+    x = np.full((1, *shape), 1 + 2.0**-40)
+    assert made.inputs[0].dtype == tf.float64
+    assert not np.array_equal(made(x), made(x.astype(np.float32)))
+    assert keras.backend.floatx() == "float32"
 
 
 # Dropout.

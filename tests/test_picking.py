@@ -362,6 +362,7 @@ CHANGES = {
     "round_schedule": ({"rounds": 2}, {"round_schedule": "linear"}),
     "samples_per_class": ({}, {"samples_per_class": 4}),
     "score_batch_size": ({"grasp_variant": "official"}, {"score_batch_size": 15}),
+    "score_augmentation": ({"augmentation": "flip_crop"}, {"score_augmentation": True}),
     "score_loss": ({}, {"score_loss": "squared_error"}),
     "temperature": ({}, {"temperature": 1.0}),
     "grasp_variant": ({}, {"grasp_variant": "official"}),
@@ -373,6 +374,25 @@ CHANGES = {
 }
 # The last but one below, in a network that has it; the last where a scorer has other options.
 ELSEWHERE = {"density", "dense", "score_batch_norm", "scorer_options"}
+
+
+def test_scoring_images_are_augmented_black_around_whatever_the_micro_batches():
+    plain, changed = (
+        spec(augmentation="flip_crop", score_augmentation=on, score_batch_size=size)
+        for on, size in ((False, 100), (True, 100))
+    )
+    whole = picking.batches(changed, DIGITS, 3)
+    again = picking.batches(dataclasses.replace(changed, score_batch_size=7), DIGITS, 3)
+    x = np.concatenate([b[0] for b in whole])
+    assert np.array_equal(x, np.concatenate([b[0] for b in again]))
+    before = np.concatenate([b[0] for b in picking.batches(plain, DIGITS, 3)])
+    assert (x != before).any(axis=(1, 2, 3)).mean() > 0.9
+    black = np.float32((0 - DIGITS.mean[0]) / DIGITS.std[0])
+    assert abs(x.min() - black) < 1e-6 and not (x == 0).any()  # the mean colour, were it scaled
+    other = picking.batches(changed, DIGITS, 4)
+    assert not np.array_equal(other[0][0], whole[0][0])
+    wide = dataclasses.replace(changed, augmentation="resized_crop", precision="float64")
+    assert picking.batches(wide, DIGITS, 3)[0][0].dtype == np.float64
 
 
 def test_every_field_of_the_recipe_is_tested():

@@ -157,19 +157,24 @@ def test_table_has_dense_and_the_levels_with_controls():
 
 
 @pytest.mark.parametrize(
-    "found, pieces",
+    "early, end, pieces",
     [
-        (Winning((0.05, 2), (0.02, 3), 3), ["winning down to 5.00% density (2 of 3", "2.00% den"]),
-        (Winning(None, (0.02, 3), 3), ["2.00% density (3 of 3 replicates agree)"]),
-        (Winning((0.05, 2), None, 3), ["5.00% density (2 of 3 replicates agree)"]),
-        (Winning(None, None, 3), ["No winning ticket"]),
+        (((0.2, 3), (0.05, 2)), ((0.02, 3),), [
+            "winning at 2 of the 6 densities with a control, 20.00% (3 of 3 replicates agree) and "
+            "5.00% (2 of 3): they", "do not, at 1 of them, 2.00% (3 of 3 replicates agree)."]),
+        ((), ((0.1, 1), (0.05, 2), (0.02, 3)), [
+            "winning at none of the 6 densities with a control: nowhere",
+            "at 3 of them, 10.00% (1 of 3 replicates agree), 5.00% (2 of 3) and 2.00% (3 of 3)."]),
+        (((0.05, 2),), (), [
+            "winning at 1 of the 6 densities with a control, 5.00% (2 of 3 replicates agree): they",
+            "At the end of training there is no density at which tickets match"]),
+        ((), (), ["No winning ticket: at no density with a control"]),
     ],
-)
-def test_sentence(found, pieces):
-    text = report.sentence(found)
-    assert all(piece in text for piece in pieces)
-    if found.early or found.end:
-        assert ("at no density" in text) == (None in (found.early, found.end))
+)  # fmt: skip
+def test_sentence(early, end, pieces):
+    text = report.sentence(Winning(early, end, 3, 6))
+    assert all(piece in text for piece in pieces), text
+    assert "down to" not in text
 
 
 @pytest.mark.parametrize("rows", [ROWS, PICKED, ALL, ALL[:1]], ids=["dense", "none", "all", "one"])

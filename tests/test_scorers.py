@@ -11,7 +11,7 @@ from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.models import MODELS
 from lth_tf.scopes import SCOPES
-from lth_tf.scorers import LOSSES, SCORERS, one_shot_mask, score
+from lth_tf.scorers import LOSSES, SCORERS, TiedScores, one_shot_mask, score
 from lth_tf.scorers.network import Network, Reused
 
 layers = keras.layers
@@ -203,6 +203,14 @@ def test_the_official_grasp_halves_by_class_adds_up_and_redraws_dense_kernels():
     scores = score(model, "grasp", [(X, Y)], variant="official", seed=5)
     assert error(scores, wanted) < 1e-12 and same(before, state(model))
     assert error(scores, score(model, "grasp", [(X, Y)])) > 0.1
+
+
+def test_the_official_snip_draws_a_variance_of_one_over_the_fan_in():
+    redrawn = SCORERS["snip"].__globals__["_redrawn"]
+    w = redrawn({"conv": np.ones((3, 3, 64, 128)), "fc": np.ones((700, 300))}, 0)
+    for name, fan_in in (("conv", 576), ("fc", 700)):
+        assert abs(w[name].var() * fan_in - 1) < 0.02
+        assert np.abs(w[name]).max() <= 2 / 0.8796 / fan_in**0.5
 
 
 def test_the_official_snip_scores_weights_that_are_not_trained():
@@ -866,3 +874,196 @@ def test_scores_are_computed_with_all_digits_of_float32(scorer):
     before = enabled()
     score(net(), scorer, [(X, Y)], loss=loss)
     assert seen and not any(seen) and enabled() == before
+
+
+# --- Saturation, and equal scores ---
+
+
+def saturating(kind, cap=6.0):
+    """Positive flows of 40 and more, where ReLU6 is flat; the same net with ReLU to compare."""
+    hidden = {
+        "layer": lambda: layers.ReLU(cap),
+        "activation": lambda: layers.Activation("relu6"),
+        "function": lambda: layers.Activation(tf.nn.relu6),
+        "lambda": lambda: layers.Lambda(tf.nn.relu6),
+        "operation": lambda: tf.nn.relu6,
+        "tanh": lambda: layers.Activation("tanh"),
+        "relu": lambda: layers.ReLU(),
+        "linear": lambda: layers.Activation("linear"),
+    }[kind]
+    x = y = keras.Input((8, 8, 2))
+    for i, n in enumerate((30, 30)):
+        y = hidden()(layers.Conv2D(n, 3, use_bias=False, name=f"conv{i}")(y))
+    y = hidden()(layers.Dense(20, name="fc")(layers.Flatten()(y)))
+    model = keras.Model(x, layers.Dense(4, name="output")(y))
+    rng = np.random.default_rng(0)
+    for v in pruning.kernels(model).values():
+        v.assign(rng.normal(size=v.shape))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["layer", "activation", "function", "lambda", "operation"])
+def test_synflow_of_relu6_is_that_of_relu(kind):
+    assert same(score(saturating(kind), "synflow"), score(saturating("relu"), "synflow"))
+
+
+def test_synflow_of_tanh_is_that_of_a_linear_network_and_other_scores_are_as_they_were():
+    found, wanted = (score(saturating(kind), "synflow") for kind in ("tanh", "linear"))
+    assert all(np.allclose(found[n], wanted[n], rtol=1e-12) for n in wanted)
+    model, x = saturating("layer"), RNG.normal(size=(12, 8, 8, 2)).astype(np.float32)
+    before = model.predict(x, verbose=0)
+    flat, round_ = (score(saturating(k), "snip", [(x, Y)]) for k in ("layer", "relu"))
+    assert not same(flat, round_)  # ReLU6 as it is
+    score(model, "synflow")
+    assert np.array_equal(model.predict(x, verbose=0), before)
+
+
+class RawReLU6(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = layers.Dense(50), layers.Dense(3)
+
+    def call(self, x):
+        return self.b(tf.nn.relu6(self.a(x)))
+
+
+def gated(x):
+    """Hard swish and a gate of its own, as MobileNetV3 has them; biases, so that gates are open."""
+    y = layers.Dense(20)(x)
+    return y * (layers.ReLU(6.0)(y + 3.0) / 6)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda: built(RawReLU6()), "ReLU6 .* make it a"),
+        (lambda: ends(layers.Dense(9, "sigmoid")), "'sigmoid', which saturates and is not zero"),
+        (lambda: ends(layers.Dense(9, "hard_sigmoid")), "'hard_sigmoid', which saturates"),
+        (lambda: ends(gated), "multiplies activations that saturate"),
+        (lambda: ends(layers.Lambda(lambda x: tf.minimum(layers_sum(x), 1.0))), "nothing flows"),
+    ],
+)
+def test_synflow_refuses_what_saturates_and_cannot_be_continued(model, message):
+    with pytest.raises(UserError, match=message):
+        score(model(), "synflow")
+
+
+def layers_sum(x):
+    return tf.reduce_sum(x, -1, keepdims=True)
+
+
+def built(model):
+    model(np.ones((1, 6), np.float32))
+    return model
+
+
+def ends(middle):
+    x = keras.Input((6,))
+    y = middle(layers.Dense(40, kernel_initializer="ones")(x))
+    return keras.Model(x, layers.Dense(3)(y))
+
+
+def test_a_cut_among_equal_scores_is_said(recwarn):
+    model = ends(layers.Activation("linear"))  # its first kernel: 240 ones
+    with pytest.warns(TiedScores) as said:
+        one_shot_mask(model, "magnitude", density=0.5, min_per_layer=0)
+    text = str(said[0].message)
+    assert "falls among 240 equal scores: 180 of them are kept and 60 pruned" in text
+    assert "in dense" in text and "kernel (240)" in text and "kernel (120)" not in text
+    assert "round" not in text
+
+
+def test_few_equal_scores_or_none_are_not_worth_a_word(recwarn):
+    one_shot_mask(net("float32"), "magnitude", density=0.5)
+    one_shot_mask(net("float32"), "snip", [(X, Y)], density=0.3, rounds=3)
+    assert not [w for w in recwarn if w.category is TiedScores]
+
+
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+def test_equal_scores_are_counted_where_they_compete(scope):
+    scores = {"a": np.zeros(40), "b": np.array([0.0] * 30 + [1.0] * 10)}
+    mask = SCOPES[scope](scores, 0.5, min_per_layer=0)
+    found = masks.tied(scores, mask, pooled=scope == "global")
+    wanted = {"a": (30, 10), "b": (0, 30)} if scope == "global" else {"a": (20, 20), "b": (10, 20)}
+    assert found == wanted
+    within = {"a": np.array([1] * 20 + [0] * 20), "b": np.ones(40, np.uint8)}
+    mask = SCOPES["global"](scores, 0.25, within, min_per_layer=0)
+    assert masks.tied(scores, mask, within, pooled=True) == {"a": (10, 10), "b": (0, 30)}
+    apart = {"a": np.arange(40.0), "b": -1 - np.arange(40.0)}
+    mask = SCOPES[scope](apart, 0.5, min_per_layer=0)
+    assert masks.tied(apart, mask, pooled=scope == "global") == {}
+
+
+# --- Labels, heads and inputs ---
+
+
+@pytest.mark.parametrize("scorer, options", [("snip", {}), ("grasp", {"variant": "official"})])
+def test_labels_in_a_column_are_labels(scorer, options):
+    wanted = score(net(), scorer, [(X, Y)], **options)
+    assert same(score(net(), scorer, [(X, Y[:, None].astype(np.uint8))], **options), wanted)
+
+
+@pytest.mark.parametrize(
+    "labels, advice",
+    [
+        (np.eye(3)[Y], r"argmax\(axis=1\)$"),
+        (np.eye(3, dtype=np.int64)[Y], r"argmax\(axis=1\)$"),
+        (Y.astype(np.float32), "astype"),
+        (Y[:, None].astype(np.float32), "astype"),
+        (Y == 1, "astype"),
+        (Y + 0.5, "regression"),
+        (np.full((12, 3), 1 / 3), "of probabilities that is argmax"),
+        (np.ones((12, 3), np.int32), "several labels an example"),
+        (np.ones((12, 4, 4), np.int32), "not one for each of its pixels"),
+        (Y.astype(str), "numpy.unique"),
+    ],
+)
+def test_labels_of_other_shapes_and_kinds_are_refused_with_what_helps(labels, advice):
+    with pytest.raises(UserError, match=advice) as refused:
+        score(net(), "snip", [(X, labels)])
+    if "argmax(axis=1)$" in advice:
+        assert score(net(), "snip", [(X, labels.argmax(axis=1))])
+    if "astype" in advice:
+        assert "astype('int32')" in str(refused.value)
+        assert score(net(), "snip", [(X, labels.astype("int32"))])
+
+
+class SigmoidHead(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = layers.Dense(50), layers.Dense(3, "sigmoid")
+
+    def call(self, x):
+        return tf.reshape(self.b(self.a(x)), (-1, 3))
+
+
+@pytest.mark.parametrize("scorer", ["snip", "grasp"])
+@pytest.mark.parametrize("units", [1, 3])
+def test_a_sigmoid_head_puts_out_no_logits(scorer, units):
+    x = keras.Input((6,))
+    inside = keras.Model(x, layers.Dense(units, "sigmoid")(layers.Dense(8, "relu")(x)))
+    operation = keras.Model(x, tf.sigmoid(layers.Dense(units)(x)))
+    batch = np.ones((12, 6), np.float32), Y
+    for model in (inside, operation, *([built(SigmoidHead())] if units == 3 else [])):
+        with pytest.raises(UserError, match="ends in a sigmoid, .* linear output for each class"):
+            score(model, scorer, [batch])
+    assert sum(s.any() for s in score(inside, "synflow").values()) == 2
+
+
+@pytest.mark.parametrize("scorer", ["snip", "grasp"])
+def test_images_that_are_not_numbers_are_refused_where_the_loss_hides_them(scorer):
+    model = keras.Sequential(
+        [keras.Input((6,)), layers.Lambda(lambda x: x), layers.Dense(4), layers.Dense(3)]
+    )
+    hidden = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(4), layers.Lambda(quiet), layers.Dense(3)]
+    )
+    x = np.ones((12, 6), np.float32)
+    x[3, 2] = np.nan
+    for one, message in ((model, "the loss of"), (hidden, "NaN among the inputs")):
+        with pytest.raises(UserError, match=message):
+            score(one, scorer, [(x, Y)])
+
+
+def quiet(x):
+    return tf.math.softplus(tf.where(tf.math.is_finite(x), x, tf.zeros_like(x)))

@@ -12,9 +12,10 @@ import pytest
 
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
-from lth_tf.spec import Spec, fields_of, owners
+from lth_tf.spec import Spec, differences, fields_of, owners
 
 FIELDS = {field.name: field for field in dataclasses.fields(Spec)}
+LATER = [f.name for f in FIELDS.values() if f.metadata.get("later")]
 # field -> what else it needs, values that are allowed, values that are out of range.
 RANGES = {
     "recipe": ({}, ("imp", "one_shot"), ("one-shot", "")),
@@ -36,6 +37,9 @@ RANGES = {
     "round_schedule": ({}, ("exponential", "linear"), ("cosine", "")),
     "samples_per_class": ({}, (1, 10, 5000), (0, -1)),
     "score_batch_size": ({}, (1, 100), (0, -1)),
+    "score_augmentation": ({"augmentation": "flip_crop"}, (False, True), ()),
+    "output_std": ({}, (None, 0.01, 1), (0, -0.1)),
+    "adam_epsilon": ({}, (1e-8, 1), (0, -1e-8)),
     "score_batch_norm": ({}, ("auto", "train", "eval"), ("batch", "")),
     "temperature": ({"scorer": "grasp"}, (1e-3, 1, 200.0), (0, 0.0, -1)),
     "grasp_variant": ({"scorer": "grasp"}, ("paper", "official", "absolute"), ("code", "")),
@@ -197,6 +201,7 @@ def test_help_is_written_for_every_field():
         ({"retrain": "lr_rewind", "rewind_step": 10}, "no meaning for --retrain=lr_rewind"),
         ({"retrain": "finetune", "rewind_step": 0.1}, "no meaning for --retrain=finetune"),
         ({"lr_schedule": "steps"}, "needs lr_drops"),
+        ({"recipe": "one_shot", "score_augmentation": True}, "needs --augmentation=flip_crop"),
         ({"lr_drops": (5,)}, "no meaning for lr_schedule 'constant'"),
         ({"lr_drops": (5,), "lr_schedule": "cosine"}, "no meaning for lr_schedule 'cosine'"),
         ({"control_levels": (1,)}, "no controls"),
@@ -289,7 +294,7 @@ def test_round_trip():
         text = json.dumps(spec.as_dict())
         back = Spec.from_dict(json.loads(text))
         assert back == spec and json.dumps(back.as_dict()) == text
-    assert list(Spec().as_dict()) == [n for n in FIELDS if n != "scorer_options"]
+    assert list(Spec().as_dict()) == [n for n in FIELDS if n not in LATER]
     options = make("scorer_options", (("b", 2), ("a", 0.5)))
     assert list(options.as_dict())[-1] == "scorer_options"
     assert Spec.from_dict(json.loads(json.dumps(options.as_dict()))) == options
@@ -381,7 +386,7 @@ def test_identity_has_the_recipes_own_fields_only():
     for recipe in OTHERS:
         names = set(Spec(recipe=recipe).identity())
         owned = {n for n in OWNED if recipe in owners(n)}
-        assert owned - names <= {"levels", "dense", "scorer_options"}
+        assert owned - names <= {"levels", "dense", *LATER}
         assert not names & (set(OWNED) - owned) and "recipe" in names
     assert Spec().digest() != ONE_SHOT.digest()
 
@@ -449,3 +454,14 @@ def test_every_field_has_one_role():
     roles = [fields_of(role=role) for role in ("training", "masks", "course")]
     assert sorted(sum(roles, [])) == sorted(FIELDS)
     assert set(fields_of(role="course")) == {"checkpoint_every", "worker_timeout", "histograms"}
+
+
+def test_fields_that_came_later_leave_what_was_written_before_as_it_is():
+    assert LATER == ["output_std", "scorer_options", "score_augmentation", "adam_epsilon"]
+    for values in (ONE_SHOT.as_dict(), ONE_SHOT.identity(), Spec().as_dict()):
+        assert not set(LATER) & set(values)
+    new = Spec(output_std=0.01, adam_epsilon=1e-8)
+    assert Spec.from_dict(new.as_dict()) == new and new.digest() != Spec().digest()
+    assert differences(Spec().identity(), new.identity()) == (
+        "output_std is None there, 0.01 here; adam_epsilon is 1e-07 there, 1e-08 here"
+    )

@@ -12,7 +12,7 @@ from lth_tf.errors import UserError
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
-from lth_tf.training import Trainer, feeds, initial_weights
+from lth_tf.training import OPTIMIZERS, Trainer, feeds, initial_weights
 
 DIGITS = datasets.load("digits")
 BASE = Spec(
@@ -396,3 +396,41 @@ def test_schedule_reaches_the_optimizer():
     s = spec(lr_schedule="steps", lr_drops=(20, 40), warmup_steps=10, learning_rate=0.1)
     rates = [row["learning_rate"] for row in run(s).rows]  # of the step to come
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
+
+
+# The constants of optimizers in float64.
+
+
+def by_hand(name, w, gradients, rate, epsilon):
+    """The papers' formulas in float64."""
+    m = v = np.zeros_like(w)
+    for t, g in enumerate(gradients, 1):
+        if name.startswith("adam"):
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            if name == "adamw":
+                w = w - rate * 0.01 * w
+            root = np.sqrt(1 - 0.999**t)
+            w = w - rate * root / (1 - 0.9**t) * m / (np.sqrt(v) + epsilon)
+        else:
+            m = (0.9 if name != "sgd" else 0.0) * m - rate * g
+            w = w + (0.9 * m - rate * g if name == "nesterov" else m)
+    return w
+
+
+@pytest.mark.parametrize("epsilon", [1e-7, 1e-2])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_optimizers_compute_in_float64_with_constants_of_float64(name, epsilon):
+    rng = np.random.default_rng(0)
+    w, gradients = rng.normal(size=5), rng.normal(size=(4, 5))
+    made = Spec(
+        optimizer=name, precision="float64", learning_rate=0.01, weight_decay=0.01,
+        adam_epsilon=epsilon,
+    )  # fmt: skip
+    with models.policy("float64"):
+        optimizer = OPTIMIZERS[name](made.learning_rate, made)
+        variable = tf.Variable(w)
+        optimizer.build([variable])
+    for g in gradients:
+        optimizer.apply_gradients([(tf.constant(g), variable)])
+    wanted = by_hand(name, w, gradients, 0.01, epsilon)
+    assert np.abs(variable.numpy() / wanted - 1).max() < 1e-13

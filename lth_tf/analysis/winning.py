@@ -25,20 +25,25 @@ class Point:
     metric: str = METRIC
 
 
+Wins = tuple[tuple[float, int], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Winning:
-    """The smallest densities found (None: there is none), and how many replicates agree.
+    """The densities at which tickets win, the highest first, and how many replicates agree.
 
     Attributes:
-      early: (density, replicates that agree) where tickets are winning at early stop.
-      end: the same where they match dense at the end and re-initialised ones do not.
+      early: (density, replicates that agree) wherever tickets are winning at early stop.
+      end: the same wherever they match dense at the end and re-initialised ones do not.
       replicates: number of replicates.
+      compared: number of densities at which there was something to compare.
       margin: of the metric; a smaller difference counts as none.
     """
 
-    early: tuple[float, int] | None
-    end: tuple[float, int] | None
+    early: Wins
+    end: Wins
     replicates: int
+    compared: int
     margin: float = task_of(METRIC).margin
 
 
@@ -91,7 +96,7 @@ def _lead(a: Any, b: Any) -> Any:
 
 
 def winning(rows: Sequence[dict[str, Any]]) -> Winning:
-    """Returns the smallest densities at which the means over replicates win.
+    """Returns the densities at which the means over replicates win.
 
     Only levels at which the `reinit` control ran, and only replicates that have all
     three of dense, ticket and reinit, are compared.
@@ -99,24 +104,28 @@ def winning(rows: Sequence[dict[str, Any]]) -> Winning:
     by = {(p.arm, p.level): p for p in points(rows)}
     dense = by.get(("ticket", 0))
     margin = task_of(next(iter(by.values())).metric if by else METRIC).margin
-
-    def smallest(wins: Callable[..., Any]) -> tuple[float, int] | None:
-        best = None
-        for (arm, level), ticket in by.items():
-            control = by.get(("reinit", level))
-            if arm != "ticket" or level == 0 or control is None or dense is None:
-                continue
-            common = sorted(
-                set(dense.replicates) & set(ticket.replicates) & set(control.replicates)
-            )
+    compared: list[tuple[float, list[np.ndarray]]] = []
+    for (arm, level), ticket in by.items():
+        control = by.get(("reinit", level))
+        if arm != "ticket" or level == 0 or control is None or dense is None:
+            continue
+        common = sorted(
+            set(dense.replicates) & set(ticket.replicates) & set(control.replicates)
+        )
+        if common:
             arms = [_numbers(p, common) for p in (dense, ticket, control)]
-            if common and bool(wins(*(a.mean(axis=1) for a in arms), margin)):
-                if best is None or ticket.density < best[0]:
-                    best = ticket.density, int(np.sum(wins(*arms, margin)))
-        return best
+            compared.append((ticket.density, arms))
+    compared.sort(key=lambda one: -one[0])
+
+    def where(wins: Callable[..., Any]) -> Wins:
+        return tuple(
+            (density, int(np.sum(wins(*arms, margin))))
+            for density, arms in compared
+            if bool(wins(*(a.mean(axis=1) for a in arms), margin))
+        )
 
     count = len(dense.replicates) if dense else 0
-    return Winning(smallest(wins_early), smallest(wins_end), count, margin)
+    return Winning(where(wins_early), where(wins_end), count, len(compared), margin)
 
 
 def _numbers(point: Point, replicates: Sequence[int]) -> np.ndarray:

@@ -25,7 +25,7 @@ from lth_tf.experiments.plans import Plan, plan
 from lth_tf.experiments.workdirs import require_own, write_spec
 from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
-from lth_tf.scorers import SCORERS
+from lth_tf.scorers import SCORERS, TiedScores, ties
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
 from lth_tf.training import Trained, Trainer, checkpoints
@@ -297,6 +297,8 @@ class Laboratory:
         mask: Mask = SCOPES[self.spec.scope](
             scores, self.plan.densities[level], within=ticket.mask
         )
+        if said := ties(scores, self.plan.densities[level], mask, ticket.mask, self.spec.scope):
+            self.say(f"level {level}: {said}")
         return dataclasses.replace(
             ticket,
             mask=mask,
@@ -307,7 +309,7 @@ class Laboratory:
 
     def pick(self, dense: Ticket, level: int) -> Ticket:
         """Returns the ticket that the spec's scorer picks; says what of the network is cut."""
-        with distribute.scoring(self.trainer.strategy):
+        with distribute.scoring(self.trainer.strategy), self._told(f"level {level}"):
             ticket = picking.pick(
                 dense, self.trainer.dataset, self.plan.densities[level], level,
                 model=self.blueprint.holding(dense.weights),
@@ -317,6 +319,18 @@ class Laboratory:
         if self.progress or "warning" in found:
             self.say(found)
         return ticket
+
+    @contextlib.contextmanager
+    def _told(self, where: str) -> Iterator[None]:
+        """Within, the user is told of equal scores as of everything else."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TiedScores)
+            yield
+        for one in caught:
+            if issubclass(one.category, TiedScores):
+                self.say(f"{where}: {one.message}")
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
     def branches(self, folder: Path, ticket: Ticket, start: Mapping) -> None:
         """Trains a ticket's controls, each in a folder inside the ticket's.
@@ -328,7 +342,7 @@ class Laboratory:
         """
         for name in self.plan.controls.get(ticket.level, ()):
             here = folder / f"branch_{name}"
-            with distribute.scoring(self.trainer.strategy):
+            with distribute.scoring(self.trainer.strategy), self._told(str(here)):
                 control = self.ticket(here, branch, ticket, name, start, self.trainer.dataset)
             self.train(here, control)
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from lth_tf import masks
+from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed, scaling
+from lth_tf.datasets.augmentation import augment
 from lth_tf.errors import UserError
 from lth_tf.models import plain_model
 from lth_tf.scorers import LOSSES, SCORERS, field_of, looks_at_data, one_shot_mask, options_of
@@ -20,6 +22,7 @@ from lth_tf.training import feeds
 Transform = Callable[[np.ndarray], np.ndarray]
 
 _SCORING = 3  # a stream of random numbers; 1 and 2 are those of `feeds`
+_SCORING_STEP = 2**40
 
 
 def balanced(labels: np.ndarray, classes: int, per_class: int, seed: int) -> np.ndarray:
@@ -50,33 +53,47 @@ def balanced(labels: np.ndarray, classes: int, per_class: int, seed: int) -> np.
 class Batches(Sequence):
     """Micro-batches of examples to score on, each scaled when it is asked for.
 
+    With score_augmentation also changed, as a function of (seed, position): see `augment`.
+
     Args:
       inputs: [n, ...], as the data set has them.
       labels: int32 [n].
-      spec: score_batch_size and scaling.
+      spec: score_batch_size, augmentation and scaling.
       dataset: mean and standard deviation.
+      seed: of what augmentation draws.
     """
 
-    def __init__(self, inputs: np.ndarray, labels: np.ndarray, spec: Spec, dataset: Any):
+    def __init__(
+        self, inputs: np.ndarray, labels: np.ndarray, spec: Spec, dataset: Any, seed: int
+    ):
         count = -(-len(labels) // spec.score_batch_size)
         self.inputs, self.labels = np.array_split(inputs, count), np.array_split(labels, count)
-        self.spec, self.dataset = spec, dataset
+        self.spec, self.dataset, self.seed = spec, dataset, seed
+        self.first = np.cumsum([0, *map(len, self.labels)])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: Any) -> Any:
-        x = scaling.scaled(self.inputs[i], self.dataset, self.spec)
+        x, spec = self.inputs[i], self.spec
+        kind = spec.augmentation if spec.score_augmentation else "none"
+        # Of the seed's streams that of training starts at step 0.
+        drawn = self.seed, _SCORING_STEP, int(self.first[i])
+        if kind == "flip_crop":
+            x = augment(tf.convert_to_tensor(x), kind, *drawn)
+        x = scaling.scaled(x, self.dataset, spec)
+        if kind == "resized_crop":
+            x = augment(x, kind, *drawn)
         return x.numpy(), self.labels[i]
 
 
 def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
     """Returns the examples to score on, (inputs as the network takes them, int32 labels).
 
-    They are of the training part, without augmentation.
+    They are of the training part, without augmentation unless the spec wants it.
 
     Args:
-      spec: samples_per_class, score_batch_size, scaling.
+      spec: samples_per_class, score_batch_size, score_augmentation, scaling.
       dataset: where they come from.
       seed: of what is drawn.
 
@@ -88,7 +105,7 @@ def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
     else:
         inputs, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
     chosen = balanced(labels, dataset.classes, spec.samples_per_class, seed)
-    return Batches(inputs[chosen], labels[chosen], spec, dataset)
+    return Batches(inputs[chosen], labels[chosen], spec, dataset, seed)
 
 
 def _first_of_each(

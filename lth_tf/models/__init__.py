@@ -39,7 +39,7 @@ def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> 
     """Returns the network that a spec describes, with weights drawn from `seed`.
 
     Args:
-      spec: model, init, width, shortcut, sync_batch_norm.
+      spec: model, init, output_std, width, shortcut, sync_batch_norm.
       input_shape: of one input, without the batch.
       classes: the number of logits.
       seed: any integer.
@@ -58,18 +58,27 @@ def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> 
                 f"model {spec.model!r} has no {name} to choose; leave it at {getattr(Spec, name)!r}"
             )
     with parts.synchronized(spec.sync_batch_norm):
-        return builder(input_shape, classes, seed, **options)
+        model = builder(input_shape, classes, seed, **options)
+    if spec.output_std is not None:
+        parts.draw_output(model, spec.output_std, seed)
+    return model
 
 
 @contextlib.contextmanager
 def policy(precision: str) -> Iterator[None]:
-    """Within, Keras builds layers under this mixed-precision policy."""
-    before = keras.mixed_precision.global_policy()
+    """Within, Keras builds layers under this mixed-precision policy.
+
+    In float64 inputs and learning rates are float64, too: of these the policy knows nothing.
+    """
+    before = keras.mixed_precision.global_policy(), keras.backend.floatx()
     keras.mixed_precision.set_global_policy(precision)
+    if precision == "float64":
+        keras.backend.set_floatx("float64")
     try:
         yield
     finally:
-        keras.mixed_precision.set_global_policy(before)
+        keras.backend.set_floatx(before[1])
+        keras.mixed_precision.set_global_policy(before[0])
 
 
 def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lth_tf import pruning
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.registry import Registry
@@ -45,6 +46,29 @@ def glorot_uniform(seed: int) -> Any:
 def kaiming_normal(seed: int) -> Any:
     """Variance 2 / fan_in, a plain normal distribution (He et al. 2015; open_lth's default)."""
     return keras.initializers.VarianceScaling(2.0, "fan_in", "untruncated_normal", seed=seed)
+
+
+@INITS.register("kaiming_normal_fan_out")
+def kaiming_normal_fan_out(seed: int) -> Any:
+    """Variance 2 / fan_out, a plain normal distribution (He et al. 2015; GraSP's published code).
+
+    That code draws its output layer with a deviation of 0.01: `output_std`.
+    """
+    return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal", seed=seed)
+
+
+def draw_output(model: Any, deviation: float, seed: int) -> None:
+    """Draws the kernel of a model's output layer from a normal distribution around 0.
+
+    Args:
+      model: a plain model.
+      deviation: the standard deviation.
+      seed: equal seeds draw equal weights.
+    """
+    name = next(name for name, kind in pruning.kinds(model).items() if kind == "output")
+    kernel = pruning.kernels(model)[name]
+    drawn = np.random.default_rng([seed, 0x0075]).normal(0, deviation, kernel.shape)
+    kernel.assign(drawn.astype(kernel.dtype.as_numpy_dtype))
 
 
 def initialisers(init: str, seed: int) -> Iterator[Any]:

@@ -89,8 +89,8 @@ ONE_SHOT = Recipe(
     help="weights at initialisation",
     fields=(
         "density", "scorer", "scorer_options", "rounds", "round_schedule", "samples_per_class",
-        "score_batch_size", "score_batch_norm", "score_loss", "temperature", "grasp_variant",
-        "snip_variant", "min_per_layer", "dense",
+        "score_batch_size", "score_batch_norm", "score_loss", "score_augmentation",
+        "temperature", "grasp_variant", "snip_variant", "min_per_layer", "dense",
     ),
     levels=levels,
     steps=steps,

@@ -10,7 +10,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from lth_tf.analysis.winning import Point, Winning, points
+from lth_tf.analysis.winning import Point, Winning, Wins, points
 from lth_tf.experiments import Plan, picking
 from lth_tf.recipes import RECIPES
 from lth_tf.scopes import count
@@ -126,29 +126,40 @@ def _numbers(point: Point) -> tuple[str, str, str]:
 
 def sentence(found: Winning) -> str:
     """Says at which densities tickets win, and how many replicates agree; or that none does."""
-    if found.early is None and found.end is None:
+    if not found.early and not found.end:
         return (
             "No winning ticket: at no density with a control were tickets as fast and as accurate "
             f"as the dense network (within {found.margin:.1%}) and re-initialised ones less "
             "accurate by more than that, at early stop or at the end."
         )
-    early, end = (
-        f"down to {f[0]:.2%} density ({f[1]} of {found.replicates} replicates agree)"
-        if f
-        else "at no density"
-        for f in (found.early, found.end)
-    )
-    if found.early is None:
+    of = f"of the {found.compared} densities with a control"
+    if found.early:
         first = (
-            "At early stop tickets are winning at no density: nowhere are they as fast and as "
-            "accurate as the dense network where re-initialised ones are not."
+            f"Tickets are winning at {len(found.early)} {of}, {_densities(found.early, found)}: "
+            "they reach their minimum validation loss no later than the dense network and are as "
+            f"accurate there (within {found.margin:.1%}), and re-initialised ones are not."
         )
     else:
         first = (
-            f"Tickets are winning {early}: they reach their minimum validation loss no later than "
-            "the dense network and are as accurate there, and re-initialised ones are not."
+            f"At early stop tickets are winning at none {of}: nowhere are they as fast and as "
+            "accurate as the dense network where re-initialised ones are not."
         )
-    return (
-        f"{first} At the end of training tickets match the dense network, and re-initialised "
-        f"ones do not, {end}."
-    )
+    if found.end:
+        last = (
+            "At the end of training tickets match the dense network, and re-initialised ones do "
+            f"not, at {len(found.end)} of them, {_densities(found.end, found)}."
+        )
+    else:
+        last = (
+            "At the end of training there is no density at which tickets match the dense network "
+            "and re-initialised ones do not."
+        )
+    return f"{first} {last}"
+
+
+def _densities(wins: Wins, found: Winning) -> str:
+    """'9.04% (2 of 3 replicates agree) and 4.76% (1 of 3)'."""
+    of = f"of {found.replicates}"
+    agree = [f"{wins[0][1]} {of} replicates agree", *(f"{n} {of}" for _, n in wins[1:])]
+    listed = [f"{density:.2%} ({text})" for (density, _), text in zip(wins, agree, strict=True)]
+    return " and ".join([", ".join(listed[:-1]), listed[-1]] if listed[1:] else listed)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ SCORERS.register("snip")(snip)
 SCORERS.register("synflow", rounds=100)(synflow)  # Tanaka et al. 2020, section 6
 
 __all__ = [
-    "LOSSES", "SCORERS", "Scorer", "field_of", "looks_at_data", "one_shot_mask", "options_of",
-    "score",
+    "LOSSES", "SCORERS", "Scorer", "TiedScores", "field_of", "looks_at_data", "one_shot_mask",
+    "options_of", "score", "ties",
 ]  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def one_shot_mask(
       transform: applied to each array of scores before it is ranked.
 
     Returns:
-      Kernel name -> uint8 array.
+      Kernel name -> uint8 array. Where a cut falls among many equal scores, a `TiedScores` warning
+      says so.
 
     Raises:
       UserError: see `score` and `scopes`; or the model is pruned already.
@@ -141,15 +143,39 @@ def one_shot_mask(
         )
     initial, reused, parts = _values(model), Reused(model), _walked_again(batches)
     mask: Mask | None = None
+    said = ""
     rounds = SCORERS.about(scorer).rounds if rounds is None else rounds
-    for at in schedules.round_densities(density, rounds, schedule):
+    for number, at in enumerate(schedules.round_densities(density, rounds, schedule), 1):
         now = initial if mask is None else masks.apply(mask, initial)
         scores = function(reused, now, parts, **options)
         if transform:
             scores = {name: transform(s) for name, s in scores.items()}
-        mask = choose(scores, at, within=mask, min_per_layer=min_per_layer)
+        before, mask = mask, choose(scores, at, within=mask, min_per_layer=min_per_layer)
+        if not said and (tie := ties(scores, at, mask, before, scope)):
+            said = f"round {number} of {rounds}: {tie}" if rounds > 1 else tie
     assert mask is not None
+    if said:
+        warnings.warn(said, TiedScores, stacklevel=2)
     return mask
+
+
+class TiedScores(UserWarning):
+    """Many weights were kept or pruned by their position alone, since their scores are equal."""
+
+
+def ties(scores: Scores, at: Density, mask: Mask, before: Mask | None, scope: str) -> str:
+    """Returns what is to be said of equal scores that a cut falls among; '' where nothing.
+
+    Args:
+      scores: what was ranked.
+      at: the density asked for, or kernel name -> density; protected kernels are left out.
+      mask: what the scope made of it.
+      before: the mask that it was made within.
+      scope: a key of SCOPES.
+    """
+    free = {n: s for n, s in scores.items() if not isinstance(at, Mapping) or at[n] < 1}
+    found = masks.tied(free, mask, before, pooled=SCOPES.about(scope).pooled)
+    return masks.said_of_ties(found, masks.kept({n: mask[n] for n in free}))
 
 
 def _values(plain: Any) -> dict[str, np.ndarray]:

@@ -54,17 +54,12 @@ class Parts:
 
 
 def labels_of(inputs: Any, labels: Any) -> np.ndarray:
-    """Returns a batch's labels, int [n].
+    """Returns a batch's labels, int [n]; a column [n, 1] is taken as such.
 
     Raises:
       UserError: they are no whole numbers, or not as many as there are inputs.
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"labels must be whole numbers of shape [n], not {labels.dtype} of shape "
-            f"{list(labels.shape)}; turn one-hot labels into numbers with argmax"
-        )
+    labels = numbers_of(labels)
     shape = tf.nest.flatten(inputs)[0].shape
     if shape.rank == 0 or shape[0] != len(labels):
         raise UserError(
@@ -74,29 +69,36 @@ def labels_of(inputs: Any, labels: Any) -> np.ndarray:
     return labels
 
 
-def classes_of(outputs: Any, model: Any) -> int:
-    """Returns the number of classes of a model that puts out logits.
+def numbers_of(labels: Any) -> np.ndarray:
+    """Returns labels of shape [n] or [n, 1] as int [n].
 
     Raises:
-      UserError: its outputs are no logits.
+      UserError: they are something else; says what to make of it.
     """
-    if not tf.is_tensor(outputs):
-        raise UserError(
-            f"model {model.name!r} puts out {len(tf.nest.flatten(outputs))} tensors; "
-            "scores need one, the logits"
+    found = np.asarray(labels)
+    column = found[:, 0] if found.ndim == 2 and found.shape[1] == 1 else found
+    if column.ndim == 1 and np.issubdtype(column.dtype, np.integer):
+        return column
+    number = np.issubdtype(column.dtype, np.number) or column.dtype == bool
+    if not number:
+        advice = "map each class to a number, e.g. numpy.unique(labels, return_inverse=True)[1]"
+    elif column.ndim == 1 and (column == np.round(column)).all():
+        advice = "turn them into whole numbers with labels.astype('int32')"
+    elif column.ndim == 1:
+        advice = "these are no numbers of classes, and scores are not taken for regression"
+    elif column.ndim == 2 and ((column == 0) | (column == 1)).all() and (column.sum(1) == 1).all():
+        advice = "turn one-hot labels into numbers with argmax(axis=1)"
+    elif column.ndim == 2:
+        advice = (
+            "scores take one class for each example: of probabilities that is argmax(axis=1), of "
+            "several labels an example there is none"
         )
-    logits = outputs.numpy()
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise UserError(
-            f"model {model.name!r} puts out {list(logits.shape)}; scores need logits "
-            "of shape [n, classes] with at least two classes"
-        )
-    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-4):
-        raise UserError(
-            f"model {model.name!r} ends in a softmax; scores are taken on logits: "
-            "build it without the last activation"
-        )
-    return logits.shape[1]
+    else:
+        advice = "scores take one class for each example, not one for each of its pixels or steps"
+    raise UserError(
+        f"labels must be whole numbers of shape [n] or [n, 1], not {found.dtype} of shape "
+        f"{list(found.shape)}; {advice}"
+    )
 
 
 def require_classes(labels: np.ndarray, classes: int) -> None:

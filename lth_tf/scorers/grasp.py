@@ -9,7 +9,7 @@ import numpy as np
 
 from lth_tf.errors import UserError
 from lth_tf.masks import Scores
-from lth_tf.scorers.batches import Batch, Loss
+from lth_tf.scorers.batches import Batch, Loss, numbers_of
 from lth_tf.scorers.losses import cross_entropy
 from lth_tf.scorers.network import Network
 
@@ -71,9 +71,10 @@ def grasp(
 
 
 def _halves(inputs: Any, labels: Any) -> list[Batch]:
-    order = np.argsort(labels, kind="stable")
+    numbers = numbers_of(labels)
+    order = np.argsort(numbers, kind="stable")
     parts = np.split(order, [len(order) // 2])
-    return [(np.asarray(inputs)[part], np.asarray(labels)[part]) for part in parts]
+    return [(np.asarray(inputs)[part], numbers[part]) for part in parts]
 
 
 def _redrawn(kernels: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

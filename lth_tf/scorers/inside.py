@@ -85,6 +85,14 @@ def made_by(tensor: Any) -> Any:
     return tensor._keras_history.layer
 
 
+def function_of(layer: Any) -> tuple[str, ...]:
+    """Returns the attribute that has what a layer computes, where that is one function."""
+    wraps = isinstance(layer, keras.layers.Lambda) or type(layer).__name__ == "TFOpLambda"
+    if wraps and callable(getattr(layer, "function", None)):
+        return ("function",)
+    return ()
+
+
 def omit_tracing_warning(function: Any) -> None:
     """Keeps TensorFlow from warning that a tf.function is traced often."""
     if not function._omit_frequent_tracing_warning:

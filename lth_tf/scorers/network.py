@@ -18,13 +18,13 @@ from lth_tf import distribute, pruning
 from lth_tf.compat import all_digits, keras, tf
 from lth_tf.errors import UserError
 from lth_tf.pruning.inside import is_graph_network, layers_within
-from lth_tf.scorers import inside, norms
+from lth_tf.scorers import heads, inside, norms
+from lth_tf.scorers import saturation as saturations
 from lth_tf.scorers.batches import (
     Batch,
     Loss,
     Parts,
     added,
-    classes_of,
     explained,
     labels_of,
     ones,
@@ -59,6 +59,8 @@ class Network:
       batch_norm: 'train' or 'eval'.
       others: what to make of the weights that are not kernels: tensor -> tensor.
       preprocessing: False leaves out layers that scale the inputs.
+      saturation: False makes activations go on beyond the point where they saturate, see
+        `saturation.unbounded`.
       fixed: further attributes of layers to replace: (layer, attribute, value).
 
     Raises:
@@ -74,6 +76,7 @@ class Network:
         batch_norm: str = "eval",
         others: Callable[[Any], Any] = tf.identity,
         preprocessing: bool = True,
+        saturation: bool = True,
         fixed: Sequence[Replacement] = (),
     ):
         if batch_norm not in ("train", "eval"):
@@ -117,7 +120,13 @@ class Network:
                 self._fixed.append((layer, "call", call))
             if self.dtype == tf.float64 and is_graph_network(layer):
                 self._fixed.append(inside.taking_inputs_as_they_are(layer, self._cast))
-        self._fixed += [*_without_softmax(model), *fixed]
+        last = heads.without_probabilities(model, sigmoid=not saturation)
+        self._fixed += [*last, *fixed]
+        self._unbounded: list[Replacement] | None = None  # until the flow was looked at
+        if not saturation:
+            ends = [layer for layer, _, _ in last]
+            self._unbounded = saturations.unbounded([x for x in layers if x not in ends], model)
+            self._fixed += self._unbounded
         self._gradient = tf.function(self._gradient_of)
         self._product = tf.function(self._product_of)
         self._flow = tf.function(self._flow_of)
@@ -216,14 +225,22 @@ class Network:
         Raises:
           UserError: R is not finite, or no one tells the shape.
         """
+        values, inputs = self._values(kernels), ones(self.model, batches, self.dtype)
         with explained(self.model, self.dtype):
-            total, flow = self._flow(self._values(kernels), ones(self.model, batches, self.dtype))
+            total, flow = self._flow(values, inputs)
         if not np.isfinite(total):
             raise UserError(
                 f"the flow through model {self.model.name!r} is {float(total)}: too many layers "
-                "without normalisation for float64, or weights that are not finite"
+                "without normalisation for float64, activations that are multiplied with each "
+                "other (gates), or weights that are not finite; use --scorer=snip"
             )
-        return {name: f.numpy() for name, f in zip(self.kernels, flow, strict=True)}
+        found = {name: f.numpy() for name, f in zip(self.kernels, flow, strict=True)}
+        if self._unbounded is not None:
+            continued, self._unbounded = self._unbounded, None
+            saturations.require_flow(
+                self._flow, values, inputs, found, continued=bool(continued), model=self.model
+            )
+        return found
 
     # --- Inside ---
 
@@ -331,6 +348,12 @@ class Network:
                 f"the loss of model {self.model.name!r} on the batches given is {float(value)}; "
                 "scores need a finite one: look at the inputs' scale and the weights"
             )
+        if not all(np.isfinite(r).all() for r in result):
+            raise UserError(
+                f"the derivatives of model {self.model.name!r} on the batches given are not "
+                "finite, though the loss is: are there NaN among the inputs (a division by a "
+                "deviation of 0)?"
+            )
         return result
 
     def _fitting(self, values: list, inputs: Any, labels: Any) -> Any:
@@ -340,8 +363,10 @@ class Network:
             any_number = all(x.shape[0] is None for x in self.model.inputs or ())
             few = tf.nest.map_structure(lambda x: x[:8], inputs) if any_number else inputs
             with explained(self.model, self.dtype):
-                found = self(values, few)
-            self._classes = classes_of(found, self.model)
+                logits = tf.function(lambda values, inputs: self(values, inputs))
+                heads.require_one(found := logits(values, few), self.model)
+                end = logits.get_concrete_function(values, few).outputs[0]
+            self._classes = heads.classes_of(found, heads.last_operation(end), self.model)
         require_classes(labels, self._classes)
         return tf.constant(labels, tf.int32)
 
@@ -377,19 +402,3 @@ def _inlined() -> Iterator[None]:
         yield
     finally:
         tf.config.run_functions_eagerly(before)
-
-
-def _without_softmax(model: Any) -> list[Replacement]:
-    """What makes a functional or Sequential model that ends in a softmax put out its logits."""
-    while isinstance(model, keras.Model) and model.outputs:
-        if len(model.outputs) != 1:
-            return []
-        last = inside.made_by(model.outputs[0])
-        if last is model or len(inside.calls_of(last)) > 1 and not isinstance(last, keras.Model):
-            return []  # used elsewhere, too: not only the end
-        model = last
-    if isinstance(model, keras.layers.Softmax):
-        return [(model, "call", lambda inputs, mask=None: inputs)]
-    if getattr(model, "activation", None) is keras.activations.softmax:
-        return [(model, "activation", keras.activations.linear)]
-    return []

@@ -35,7 +35,7 @@ def snip(
       model: a plain model.
       kernels: kernel name -> what to score at.
       batches: (inputs, int labels [n]); the paper takes one batch of 100 or 128.
-      variant: 'paper', or 'official': scored on weights drawn anew (variance 2 / fan-in,
+      variant: 'paper', or 'official': scored on weights drawn anew (variance 1 / fan-in,
         truncated normal), since the published code re-initialises after pruning.
         What it also does is left out: it prunes biases, which are zero then and so score 0.
       batch_norm: 'eval' (published code) or 'train'.
@@ -66,7 +66,7 @@ def snip(
 
 
 def _redrawn(kernels: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Kernels of variance 2 / fan-in, truncated at two deviations; zeros of a mask kept."""
+    """Kernels of variance 1 / fan-in, truncated at two deviations; zeros of a mask kept."""
     rng = np.random.default_rng([seed, 22])
     drawn = {}
     for name, w in kernels.items():
@@ -74,6 +74,6 @@ def _redrawn(kernels: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]
         while (far := np.abs(fresh) > 2).any():
             fresh[far] = rng.normal(size=np.count_nonzero(far))
         # 0.8796: the deviation of a standard normal cut at 2.
-        fresh *= math.sqrt(2 / math.prod(w.shape[:-1])) / 0.87962566103423978
+        fresh *= math.sqrt(1 / math.prod(w.shape[:-1])) / 0.87962566103423978
         drawn[name] = np.where(w != 0, fresh, 0).astype(w.dtype)
     return drawn

@@ -19,8 +19,9 @@ def synflow(model: Any, kernels: Mapping[str, Any], batches: Any = None) -> Scor
     All parameters are taken by their absolute values, BatchNormalization's moving
     statistics too, which it uses; layers that scale inputs are left out. In a network that
     is homogeneous and has no biases, the scores of every layer add up to R. In float64: with
-    the fan-ins of a VGG-19 float32 overflows. Queries and keys of attention score 0, since an
-    input of ones is the same everywhere.
+    the fan-ins of a VGG-19 float32 overflows. Activations go on beyond the point where they
+    saturate: the flow is above it everywhere, and the derivative would be zero. Queries and keys
+    of attention score 0, since an input of ones is the same everywhere.
 
     Args:
       model: a plain model.
@@ -31,9 +32,12 @@ def synflow(model: Any, kernels: Mapping[str, Any], batches: Any = None) -> Scor
       Kernel name -> float64 array of the kernel's shape.
 
     Raises:
-      UserError: the flow is zero or not finite, or the shape of inputs is not known.
+      UserError: the flow is zero or not finite, saturates in a way that cannot be undone, or
+        the shape of inputs is not known.
     """
-    network = Network.of(model, dtype="float64", others=tf.abs, preprocessing=False)
+    network = Network.of(
+        model, dtype="float64", others=tf.abs, preprocessing=False, saturation=False
+    )
     values = {name: np.abs(np.asarray(kernel)) for name, kernel in kernels.items()}
     scores = network.flow(values, batches)
     whole = all(v.all() for v in values.values())  # a mask may cut the network, on purpose

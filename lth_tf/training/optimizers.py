@@ -18,32 +18,52 @@ OPTIMIZERS: Registry[Callable[[Any, Spec], Any]] = Registry("optimizer", decoupl
 
 @OPTIMIZERS.register("adam")
 def adam(rate: Any, spec: Spec) -> Any:
-    """Adam (Kingma and Ba 2015), beta 0.9 and 0.999, epsilon 1e-7."""
-    return keras.optimizers.Adam(rate, jit_compile=False)
+    """Adam (Kingma and Ba 2015), beta 0.9 and 0.999."""
+    return exact(keras.optimizers.Adam(rate, epsilon=spec.adam_epsilon, jit_compile=False), spec)
 
 
 @OPTIMIZERS.register("adamw", decoupled=True)
 def adamw(rate: Any, spec: Spec) -> Any:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
-    return keras.optimizers.AdamW(rate, weight_decay=spec.weight_decay, jit_compile=False)
+    made = keras.optimizers.AdamW(
+        rate, weight_decay=spec.weight_decay, epsilon=spec.adam_epsilon, jit_compile=False
+    )
+    return exact(made, spec)
 
 
 @OPTIMIZERS.register("sgd")
 def sgd(rate: Any, spec: Spec) -> Any:
     """Stochastic gradient descent."""
-    return keras.optimizers.SGD(rate, jit_compile=False)
+    return exact(keras.optimizers.SGD(rate, jit_compile=False), spec)
 
 
 @OPTIMIZERS.register("momentum")
 def momentum(rate: Any, spec: Spec) -> Any:
     """SGD with heavy-ball momentum."""
-    return keras.optimizers.SGD(rate, momentum=spec.momentum, jit_compile=False)
+    return exact(keras.optimizers.SGD(rate, momentum=spec.momentum, jit_compile=False), spec)
 
 
 @OPTIMIZERS.register("nesterov")
 def nesterov(rate: Any, spec: Spec) -> Any:
     """SGD with Nesterov's momentum."""
-    return keras.optimizers.SGD(rate, momentum=spec.momentum, nesterov=True, jit_compile=False)
+    made = keras.optimizers.SGD(rate, momentum=spec.momentum, nesterov=True, jit_compile=False)
+    return exact(made, spec)
+
+
+def exact(optimizer: Any, spec: Spec) -> Any:
+    """Returns an optimizer whose constants are not rounded to float32 on the way to float64.
+
+    `tf.cast(0.9, tf.float64)` is the float32 nearest to 0.9; of a numpy number it is 0.9.
+
+    Args:
+      optimizer: of Keras.
+      spec: whose precision.
+    """
+    if spec.precision == "float64":
+        for name, value in vars(optimizer).items():
+            if type(value) is float:
+                setattr(optimizer, name, np.float64(value))
+    return optimizer
 
 
 @keras.saving.register_keras_serializable(package="lth_tf")
