@@ -7,7 +7,6 @@ prepared version by listing the folder.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from absl import logging
 
+from lth_tf import storage
 from lth_tf.datasets import cache
 from lth_tf.datasets.stream import Shard
 from lth_tf.errors import UserError, brief
@@ -51,9 +51,12 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
         if version is None:
             raise RuntimeError(f"tensorflow-datasets prepared {name!r}, but not in {folder}")
     source = folder / name / version
-    # By the path alone, other data put there would go unnoticed; the info file has their sizes.
-    about = DECODING + os.fsencode(source.resolve()) + (source / INFO).read_bytes()
-    path = cache.folder() / f"{name}-{version}-{hashlib.sha256(about).hexdigest()[:16]}.npz"
+    # By the path alone, other data put there would go unnoticed.
+    with storage.reading(source / INFO, "is damaged", "prepare or copy that folder again"):
+        info = (source / INFO).read_bytes()
+        records = sorted(p for p in source.iterdir() if p.is_file())
+        about = DECODING, os.fsencode(source.resolve()), info
+        path = cache.folder() / f"{name}-{version}-{cache.key(*about, files=records)}.npz"
     found = cache.read(path, ARRAYS)
     if found is None:
         found = decode(source)
