@@ -526,6 +526,17 @@ def test_cache_folder_names(monkeypatch):
     assert cache.folder() == pathlib.Path("/home/nobody/.cache/lth_tf")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 50_000, '{"splits": 3}', "\xff"])
+def test_information_that_is_damaged(tiny, imagenet, tmp_path, own_cache, text):
+    for source, name in ((tiny, "mnist"), (imagenet, "imagenet2012")):
+        shutil.copytree(source / name, tmp_path / name)
+        (info,) = (tmp_path / name).glob(f"*/{tfds.INFO}")
+        info.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match="prepare (it|or copy that folder|or copy it) again"):
+            datasets.load(name, str(tmp_path))
+        shutil.rmtree(tmp_path / name)
+
+
 def test_records_that_were_replaced_are_another_entry(tiny, tmp_path, own_cache):
     """By others of the same size, and then with the same time."""
     shutil.copytree(tiny, tmp_path / "data")

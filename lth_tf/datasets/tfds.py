@@ -124,7 +124,7 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
                 )
             found[f"{split}_images"] = images.numpy()
             found[f"{split}_labels"] = labels.numpy().astype(np.int32)
-    except (OSError, ValueError, tf.errors.OpError) as error:
+    except Exception as error:  # a damaged dataset_info.json raises anything
         raise UserError(
             f"the data in {source} cannot be read ({brief(error)}); delete that folder and "
             f"prepare or copy it again"
@@ -177,7 +177,7 @@ def shards(source: pathlib.Path, split: str) -> tuple[Shard, ...]:
     try:
         info = tfds.builder_from_directory(source).info
         files = info.splits[split].file_instructions
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged dataset_info.json raises anything
         raise UserError(
             f"the data in {source} have no readable split {split!r} ({brief(error)}); prepare or "
             f"copy that folder again"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lth_tf import storage
 from lth_tf.datasets import cache, tfds
 from lth_tf.errors import UserError, brief
 
@@ -120,6 +121,7 @@ def val_files(folder: pathlib.Path, wnids: Sequence[str]) -> Files:
 def _lines(path: pathlib.Path) -> list[str]:
     try:
         found = path.read_text().splitlines()
+        storage.require("\0" not in "".join(found), "it is no text")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); unpack {FOLDER}.zip again") from error
     if not found:
