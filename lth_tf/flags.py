@@ -287,11 +287,32 @@ def expand(argv: list[str]) -> list[str]:
                         f"{nearest(value, list(known))}"
                     )
                 value = known[value]
-            if not os.path.isfile(value):
-                raise UserError(f"there is no flag file {value!r}")
+            _require_readable(value, ())
             word = f"--flagfile={value}"
         out.append(word)
     return out
+
+
+def _require_readable(path: str, through: tuple[str, ...]) -> None:
+    """Raises UserError unless a flag file, and those that it names, are text that absl can read.
+
+    Args:
+      path: the file.
+      through: the files that named it, the first one first.
+    """
+    inside = f", which {through[-1]!r} names" if through else ""
+    if "\0" in path or not os.path.isfile(path):
+        raise UserError(f"there is no flag file {path!r}{inside}")
+    if path in through:
+        raise UserError(f"the flag file {path!r} names itself, by way of {through[-1]!r}")
+    try:
+        with open(path, encoding="utf-8") as file:  # as absl opens it
+            lines = [line.strip() for line in file]
+    except (OSError, ValueError) as error:
+        raise UserError(f"the flag file {path!r}{inside} cannot be read ({error})") from error
+    for line in lines:
+        if found := re.match(r"--?flagfile(?:=\s*|\s+)(.*)", line):
+            _require_readable(os.path.expanduser(found[1].strip()), (*through, path))
 
 
 def run(main: Callable[..., Any], commands: tuple[str, ...] = ()) -> None:

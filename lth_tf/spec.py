@@ -536,6 +536,8 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     each = value if isinstance(value, tuple) else (value,)
     if any(isinstance(v, float) and not math.isfinite(v) for v in each):
         raise UserError(f"{field.name} must be a finite number, not {value}")
+    if any(isinstance(v, int) and abs(v) >= 2**63 for v in each):
+        raise UserError(f"{field.name} is out of range; it must be below 2**63")
     low, high = field.metadata.get("low"), field.metadata.get("high")
     for v in each:
         too_low = low is not None and (v <= low if field.metadata.get("open") else v < low)

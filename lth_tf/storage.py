@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
@@ -21,12 +22,89 @@ from lth_tf.errors import UserError
 
 METADATA_KEY = "lth_tf"
 # The format of tickets, trained weights, checkpoints and spec.json; files of format 1 do not tell.
-# 2: they tell; a checkpoint has masks.
-FORMAT = 2
+# 2: they tell; a checkpoint has masks. 3: trained weights and checkpoints tell whose they are.
+FORMAT = 3
+# What reading may raise where a file was damaged, or made by somebody else.
+_DAMAGE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    MemoryError, csv.Error, safetensors.SafetensorError,
+)  # fmt: skip
 
 
 class NewerFormat(UserError):
     """A file that a later version of this package wrote."""
+
+
+class OtherFile(UserError):
+    """A whole file that is not the one that belongs where it is."""
+
+
+@contextlib.contextmanager
+def reading(path: os.PathLike | str, what: str, remedy: str) -> Iterator[None]:
+    """Turns whatever reading a file raises into a UserError; within, ValueError says damage.
+
+    Args:
+      path: the file.
+      what: what is said of it where it is damaged.
+      remedy: what to do about it.
+
+    Raises:
+      UserError: there is no such file, or it cannot be read, or is damaged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"there is no file {os.fspath(path)!r}") from None
+    except OSError as error:
+        # Of a folder safetensors says "No such device".
+        folder = os.path.isdir(path)
+        why = "is a folder, not a file" if folder else f"cannot be read ({_short(error)})"
+        raise UserError(f"{os.fspath(path)!r} {why}") from error
+    except _DAMAGE as error:
+        raise UserError(f"{os.fspath(path)!r} {what} ({_short(error)}); {remedy}") from error
+
+
+def _short(error: BaseException) -> str:
+    """What an error says, in one line that can be read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def require(holds: Any, what: str) -> None:
+    """Raises ValueError, which says what of a file is not so; see `reading`."""
+    if not holds:
+        raise ValueError(what)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value out of a file is a whole number that can count something."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a file is a finite number."""
+    # An int may be too large for a float.
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def require_meant(path: os.PathLike | str, found: Mapping, meant: Mapping) -> None:
+    """Raises OtherFile where a file says of itself what it is, and it is not that.
+
+    Args:
+      path: the file.
+      found: name -> value, what it says.
+      meant: name -> value, what the file there has to be.
+    """
+    if other := [name for name in meant if found.get(name) != meant[name]]:
+        listed = "; ".join(
+            f"{name} is {found.get(name)!r}, not {meant[name]!r}" for name in other
+        )
+        raise OtherFile(
+            f"{os.fspath(path)!r} is whole, but not the file that belongs there: {listed}; put "
+            "that one back, or delete this one and run the same command again to make it anew"
+        )
 
 
 def require_format(path: os.PathLike | str, found: Any) -> None:
@@ -124,29 +202,56 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       UserError: the file is absent, truncated, altered or not one of ours.
       NewerFormat: a later version wrote it.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"there is no file {os.fspath(path)!r}") from None
-    except OSError as error:
-        # Of a folder safetensors says "No such device".
-        what = "is a folder, not a file" if path.is_dir() else f"cannot be read ({error})"
-        raise UserError(f"{os.fspath(path)!r} {what}") from error
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{os.fspath(path)!r} is not a ticket of lth_tf, or truncated ({error}); delete it and "
-            "run the same command again to make it anew"
-        ) from error
+    with _ours(path), safetensors.safe_open(path, framework="numpy") as file:
+        metadata = _metadata(file)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said, checksum = metadata.pop("sha256", None), _checksum(arrays, metadata)
     require_format(path, metadata.get("format_number"))
-    if metadata.pop("sha256", None) != _checksum(arrays, metadata):
+    if said != checksum:
         raise UserError(
             f"{os.fspath(path)!r} was altered: its checksum does not fit its content; delete it "
             "and run the same command again to make it anew"
         )
     metadata.pop("format_number", None)
     return arrays, metadata
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Returns what a file of `write_tensors` says besides its arrays, without its checksum.
+
+    Raises:
+      UserError: see `read_tensors`.
+    """
+    with _ours(path), safetensors.safe_open(path, framework="numpy") as file:
+        metadata = _metadata(file)
+    require_format(path, metadata.get("format_number"))
+    return metadata
+
+
+def _ours(path: Path) -> contextlib.AbstractContextManager[None]:
+    return reading(
+        path,
+        "is not a ticket of lth_tf, or truncated",
+        "delete it and run the same command again to make it anew",
+    )
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+    require(isinstance(metadata, dict), "its metadata are no JSON object")
+    return metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      UserError: the file is absent, damaged or holds something else.
+    """
+    with reading(path, "cannot be read", "delete it"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        require(isinstance(found, dict), "it holds no JSON object")
+    return found
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:

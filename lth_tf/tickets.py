@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,15 @@ class Ticket:
         """The fraction of prunable weights kept, 0 to 1."""
         return masks.density(self.mask)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A sha256 of what is trained: mask, weights, where it starts and whose it is."""
+        arrays = {f"mask/{name}": m for name, m in self.mask.items()}
+        arrays |= {f"weights/{name}": w for name, w in self.weights.items()}
+        about = {**told(self.level, self.origin), "rewind_step": self.rewind_step}
+        text = json.dumps(about, sort_keys=True)
+        return hashlib.sha256(f"{storage.digest(arrays)} {text}".encode()).hexdigest()
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the ticket as one .safetensors file; equal tickets give equal bytes.
 
@@ -78,39 +91,100 @@ class Ticket:
                 raise pruning.InvariantError(f"the ticket's weights {name!r} exceed its mask")
 
 
+def whose(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns which training a folder of a workdir is for: replicate, level and arm.
+
+    Empty where the folder is none of a workdir's.
+
+    >>> whose("runs/a/replicate_01/level_02/branch_reinit")
+    {'replicate': 1, 'level': 2, 'arm': 'reinit'}
+    """
+    found = re.search(
+        r"/replicate_(\d{2,6})/level_(\d{2,6})(?:/branch_([^/]+))?$",
+        Path(folder).absolute().as_posix(),
+    )
+    if not found:
+        return {}
+    return {"replicate": int(found[1]), "level": int(found[2]), "arm": found[3] or "ticket"}
+
+
+def told(level: Any, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a file says of whose it is, in the words of `whose`, and its seed."""
+    return {**{name: origin.get(name) for name in ("replicate", "arm", "seed")}, "level": level}
+
+
 def load_ticket(path: str | os.PathLike) -> Ticket:
     """Returns the ticket that `Ticket.save` wrote.
 
     Raises:
+      OtherFile: it lies in a workdir, where another one belongs.
       UserError: the file is absent, truncated, altered or no ticket.
     """
-    arrays, metadata = storage.read_tensors(Path(path))
+    path = Path(path)
+    arrays, metadata = storage.read_tensors(path)
     if metadata.get("format") != "ticket":
         raise UserError(
             f"{os.fspath(path)!r} holds {metadata.get('format', 'something else')!r}, not a ticket"
         )
-    weights = {name: arrays[f"weights/{name}"] for name in metadata["weights"]}
-    mask = {
-        name: masks.unpack(arrays[f"mask/{name}"], weights[name].shape)
-        for name in metadata["kernels"]
-    }
-    return Ticket(
-        mask,
-        weights,
-        metadata["level"],
-        metadata["rewind_step"],
-        metadata["origin"],
-        Spec.from_dict(metadata["spec"]),
-    )
+    with storage.reading(path, "is no whole ticket", _ANEW):
+        ticket = _whole(arrays, metadata)
+    if meant := whose(path.parent):
+        with storage.reading(path, "is no whole ticket", _ANEW):
+            storage.require(_ORIGIN.keys() <= ticket.origin.keys(), "its origin is not told")
+        meant["seed"] = ticket.spec.seed + meant["replicate"]
+        if ticket.level == 0:
+            rewound = path.name == "rewind.safetensors"
+            meant["rewind_step"] = ticket.spec.rewind_at if rewound else 0
+        found = {**told(ticket.level, ticket.origin), "rewind_step": ticket.rewind_step}
+        storage.require_meant(path, found, meant)
+    return ticket
 
 
-def save_trained(path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket) -> None:
+_ANEW = "delete it and run the same command again to make it anew"
+# What an origin says, and whether a value out of a file is such a thing.
+_ORIGIN: dict[str, Callable[[Any], bool]] = {
+    "seed": storage.is_count,
+    "replicate": storage.is_count,
+    "arm": lambda value: isinstance(value, str),
+    "input_shape": lambda value: isinstance(value, list) and all(map(storage.is_count, value)),
+    "classes": storage.is_count,
+}
+
+
+def _whole(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> Ticket:
+    """The ticket of a file; raises ValueError where it contradicts itself."""
+    kernels, names, origin = (metadata[name] for name in ("kernels", "weights", "origin"))
+    stored = [*(f"mask/{name}" for name in kernels), *(f"weights/{name}" for name in names)]
+    storage.require(sorted(stored) == sorted(arrays), "its arrays are others than it lists")
+    storage.require(kernels, "it has no kernels")
+    weights = {name: arrays[f"weights/{name}"] for name in names}
+    mask = {name: masks.unpack(arrays[f"mask/{name}"], weights[name].shape) for name in kernels}
+    for name, m in mask.items():
+        storage.require(m.size, f"its kernel {name!r} has no weights")
+        packed = np.array_equal(masks.pack(m), arrays[f"mask/{name}"])
+        storage.require(packed, f"the mask of {name!r} has more entries than the kernel")
+        held = not np.any(weights[name][m == 0] != 0)
+        storage.require(held, f"its weights {name!r} exceed its mask")
+    level, step = metadata["level"], metadata["rewind_step"]
+    storage.require(storage.is_count(level) and storage.is_count(step), "no level, or no step")
+    storage.require(isinstance(origin, dict), "its origin is no object")
+    for name, fits in _ORIGIN.items():
+        storage.require(name not in origin or fits(origin[name]), f"its origin has no {name}")
+    ticket = Ticket(mask, weights, level, step, origin, Spec.from_dict(metadata["spec"]))
+    storage.require(metadata["density"] == ticket.density, "its density is another")
+    return ticket
+
+
+def save_trained(
+    path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket, metrics: str | None = None
+) -> None:
     """Writes the weights that a ticket's training ended with.
 
     Args:
       path: the file.
       weights: path in the model -> array.
       ticket: whose they are.
+      metrics: the digest of the training's metrics.csv, see `analysis.summary`.
 
     Raises:
       UserError: the file cannot be written.
@@ -123,16 +197,71 @@ def save_trained(path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket) 
             "weights": list(weights),
             "level": ticket.level,
             "origin": dict(ticket.origin),
+            "ticket": ticket.digest,
+            **({} if metrics is None else {"metrics": metrics}),
         },
     )
 
 
-def load_trained(path: Path) -> dict[str, np.ndarray]:
-    """Returns the weights that `save_trained` wrote; raises UserError as `load_ticket` does."""
+def load_trained(
+    path: str | os.PathLike, ticket: Ticket | None = None, metrics: str | None = None
+) -> dict[str, np.ndarray]:
+    """Returns the weights that `save_trained` wrote.
+
+    Args:
+      path: the file.
+      ticket: whose they must be (None: anybody's).
+      metrics: the digest of the metrics.csv beside it (None: not looked at).
+
+    Raises:
+      OtherFile: they are another ticket's, or metrics.csv is another training's. Files of
+        format 2 and before tell level, replicate and arm only.
+      UserError: as `load_ticket`.
+    """
+    path = Path(path)
     arrays, metadata = storage.read_tensors(path)
     if metadata.get("format") != "trained":
         raise UserError(f"{os.fspath(path)!r} does not hold trained weights")
-    return {name: arrays[name] for name in metadata["weights"]}
+    with storage.reading(path, "holds no whole weights", _ANEW):
+        names, origin = metadata["weights"], metadata["origin"]
+        storage.require(sorted(names) == sorted(arrays), "its arrays are others than it lists")
+        found = told(metadata["level"], origin)
+    storage.require_meant(path, found, whose(path.parent))
+    if ticket is not None:
+        storage.require_meant(path, found, told(ticket.level, ticket.origin))
+        if metadata.get("ticket", ticket.digest) != ticket.digest:
+            raise storage.OtherFile(
+                f"{os.fspath(path)!r} holds the weights of another ticket than the one beside it; "
+                "put the one back whose training it is, or delete this file and run the same "
+                "command again"
+            )
+        with storage.reading(path, "does not fit its ticket", _ANEW):
+            storage.require(arrays.keys() == ticket.weights.keys(), "other weights")
+            for name, w in ticket.weights.items():
+                alike = (arrays[name].shape, arrays[name].dtype) == (w.shape, w.dtype)
+                storage.require(alike, f"another shape or type of {name!r}")
+            for name, m in ticket.mask.items():
+                storage.require(
+                    not np.any(arrays[name][m == 0] != 0), f"{name!r} exceeds the mask"
+                )
+    require_metrics(path, metadata, metrics)
+    return {name: arrays[name] for name in names}
+
+
+def require_metrics(path: Path, metadata: Mapping[str, Any], metrics: str | None) -> None:
+    """Raises OtherFile where the metrics.csv beside trained weights is not of their training.
+
+    Args:
+      path: the weights' file.
+      metadata: what it says.
+      metrics: the digest of metrics.csv (None: not looked at).
+    """
+    if metrics is not None and metadata.get("metrics", metrics) != metrics:
+        raise storage.OtherFile(
+            f"{str(path.with_name('metrics.csv'))!r} is not what the training of the weights "
+            "beside it gave; put that one back, or delete this file and run the same command "
+            "again: the training is done again"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -526,6 +526,96 @@ def test_cache_folder_names(monkeypatch):
     assert cache.folder() == pathlib.Path("/home/nobody/.cache/lth_tf")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 50_000, '{"splits": 3}', "\xff"])
+def test_information_that_is_damaged(tiny, imagenet, tmp_path, own_cache, text):
+    for source, name in ((tiny, "mnist"), (imagenet, "imagenet2012")):
+        shutil.copytree(source / name, tmp_path / name)
+        (info,) = (tmp_path / name).glob(f"*/{tfds.INFO}")
+        info.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match="prepare (it|or copy that folder|or copy it) again"):
+            datasets.load(name, str(tmp_path))
+        shutil.rmtree(tmp_path / name)
+
+
+def test_records_that_were_replaced_are_another_entry(tiny, tmp_path, own_cache):
+    """By others of the same size, and then with the same time."""
+    shutil.copytree(tiny, tmp_path / "data")
+    datasets.load("mnist", str(tmp_path / "data"))
+    record = sorted((tmp_path / "data" / "mnist" / "3.0.1").glob("*train*"))[0]
+    os.utime(record, (1, 1))
+    datasets.load("mnist", str(tmp_path / "data"))
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_no_flipped_bit_of_the_cache_is_loaded_or_blocks(tmp_path):
+    """Of the directory of the archive, too, which has no checksum of its own."""
+    path, arrays = tmp_path / "x.npz", {"a": np.arange(3), "b": np.arange(3) + 7}
+    cache.write(path, arrays)
+    whole = path.read_bytes()
+    for at in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        found = cache.read(path, arrays)
+        assert found is None or all((found[n] == a).all() for n, a in arrays.items())
+    path.write_bytes(whole.replace(b"a.npy", b"c.npy").replace(b"b.npy", b"a.npy")
+                     .replace(b"c.npy", b"b.npy"))  # fmt: skip
+    assert cache.read(path, arrays) is None
+
+
+# What is given in memory.
+
+
+def made(**changes):
+    rng = np.random.default_rng(0)
+    given = {
+        "train_inputs": rng.integers(0, 256, (20, 4, 4, 1), np.uint8),
+        "train_labels": np.arange(20) % 3,
+        "test_inputs": rng.integers(0, 256, (6, 4, 4, 1), np.uint8),
+        "test_labels": np.arange(6) % 3,
+        "classes": 3, "mean": (0.5,), "std": (0.3,),
+    }  # fmt: skip
+    return datasets.Dataset("own", **{**given, **changes})
+
+
+def test_labels_of_any_integer_type_and_of_a_column_are_taken():
+    for labels in (np.arange(20) % 3, (np.arange(20) % 3).astype(np.uint8)[:, None],
+                   list(np.arange(20) % 3)):  # fmt: skip
+        found = made(train_labels=labels)
+        assert found.train_labels.dtype == np.int32 and found.train_labels.shape == (20,)
+        assert (found.train_labels == np.arange(20) % 3).all()
+    kept = np.arange(20, dtype=np.int32) % 3
+    assert made(train_labels=kept).train_labels is kept
+
+
+NAN = np.zeros((20, 4, 4, 1), np.float32)
+NAN[7, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_labels": np.arange(20) % 4}, "the train label 3; with 3 classes .* from 0 to 2"),
+        ({"test_labels": np.arange(6) - 1}, "the test label -1; with 3 classes"),
+        ({"train_labels": np.zeros((20, 3))}, r"labels of shape \[20, 3\] and type float64"),
+        ({"train_labels": np.zeros(20)}, "type float64; give one whole number"),
+        ({"train_labels": np.zeros(19, int)}, "20 train inputs and 19 labels"),
+        ({"classes": 1, "train_labels": np.zeros(20, int)}, r"1 class\(es\); a network needs two"),
+        ({"std": (0.0,)}, r"the std \[0.0\]; give finite numbers above 0"),
+        ({"std": (0.1, 0.2)}, r"a std of 2 number\(s\); give one"),
+        ({"mean": (np.nan,)}, r"the mean \[nan\]; give finite numbers"),
+        ({"test_inputs": np.zeros((6, 4, 5, 1), np.uint8)}, r"test inputs of \[4, 5, 1\]"),
+        ({"test_inputs": np.zeros((6, 4, 4, 1))}, r"type uint8, but test .* float64; give both"),
+        ({"train_inputs": NAN, "test_inputs": NAN[:6]}, "NaN or infinite, the first in example 7"),
+        ({"train_inputs": np.zeros((0, 4, 4, 1))}, r"train inputs of shape \[0, 4, 4, 1\]"),
+        ({"train_inputs": np.full((20, 2), "a")}, "train inputs of type <U1"),
+    ],
+)
+def test_data_that_nothing_can_be_learnt_of_are_refused_where_they_enter(changes, message):
+    with pytest.raises(UserError, match="data set 'own' has .*" + message):
+        made(**changes)
+
+
 # The real sets, where they are.
 
 

@@ -492,6 +492,104 @@ def test_second_process_on_a_workdir_is_refused(tmp_path):
             imp(BASE, tmp_path, DIGITS)
 
 
+# Files that are whole, but not the ones that are meant.
+
+
+def exchange(one, other):
+    beside = one.with_name("beside")
+    for source, target in ((one, beside), (other, one), (beside, other)):
+        source.rename(target)
+
+
+def everything(work):
+    return {p: p.read_bytes() for p in work.rglob("*") if p.is_file()}
+
+
+LEVELS = ["replicate_00/level_01", "replicate_00/level_02"]
+REPLICATES = ["replicate_00/level_02", "replicate_01/level_02"]
+ARMS = ["replicate_00/level_02", "replicate_00/level_02/branch_reinit"]
+
+
+@pytest.mark.parametrize("folders", [LEVELS, REPLICATES, ARMS])
+@pytest.mark.parametrize("name", ["metrics.csv", "trained.safetensors", "ticket.safetensors"])
+def test_exchanged_files_are_refused_and_nothing_is_changed(workdir, tmp_path, name, folders):
+    work = tmp_path / "work"
+    shutil.copytree(workdir, work)
+    exchange(*(work / f / name for f in folders))
+    before = everything(work)
+    what = "is not what the training of the weights" if "csv" in name else "is whole, but not the"
+    with pytest.raises(UserError, match=f"{name}' {what}"):
+        imp(spec(replicates=2), work, DIGITS)
+    with pytest.raises(UserError, match=f"{name}' {what}"):
+        analysis.read_summary(work)
+    assert everything(work) == before
+
+
+def test_trained_weights_of_another_ticket_are_refused(workdir, tmp_path):
+    """The same level of the same replicate, but of another experiment."""
+    work, other = tmp_path / "work", tmp_path / "other"
+    shutil.copytree(workdir, work)
+    imp(spec(levels=1, controls=(), control_levels=(), batch_size=31), other, DIGITS)
+    for name in ("trained.safetensors", "metrics.csv"):
+        shutil.copy(folder(other, 1) / name, folder(work, 1) / name)
+    with pytest.raises(UserError, match="holds the weights of another ticket than the one beside"):
+        imp(spec(replicates=2), work, DIGITS)
+
+
+def test_a_row_that_was_added_to_the_summary_does_not_live_on(workdir, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(workdir, work)
+    whole = (work / "summary.csv").read_text()
+    for text in (
+        whole + "ticket,0,9,0.01,20,0.1,0.99,0.99,40,1.0\n",
+        whole.replace("ticket,0,3,0.5", "ticket,0,3,0.6"),
+    ):
+        assert text != whole
+        (work / "summary.csv").write_text(text)
+        with pytest.raises(UserError, match="summary.csv' does not say what the trainings.*anew"):
+            analysis.read_summary(work)
+        with pytest.warns(UserWarning, match="summary.csv is made anew of each metrics.csv.*level"):
+            rows = imp(spec(replicates=2), work, DIGITS)
+        assert (work / "summary.csv").read_text() == whole and len(rows) == 10
+    (work / "summary.csv").unlink()
+    imp(spec(replicates=2, levels=2), work, DIGITS)
+    assert (work / "summary.csv").read_text() == whole
+
+
+def test_a_checkpoint_of_another_training_is_refused_and_left_alone(tmp_path):
+    s = spec(levels=0, controls=(), control_levels=(), checkpoint_every=0)
+    for name, seed in (("a", 0), ("b", 1)):
+        interrupted(dataclasses.replace(s, seed=seed), tmp_path / name)
+    (theirs,) = folder(tmp_path / "b", 0).glob("checkpoint_*")
+    shutil.copy(theirs, folder(tmp_path / "a", 0))
+    before = everything(tmp_path / "a")
+    with pytest.raises(UserError, match="of the training of another ticket"):
+        imp(s, tmp_path / "a", DIGITS)
+    assert everything(tmp_path / "a") == before
+
+
+def test_logs_that_were_deleted_come_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def logged():
+        events = EventAccumulator(str(folder(tmp_path, 1) / "tensorboard"))
+        events.Reload()
+        return {
+            tag: [(e.step, e.tensor_proto) for e in events.Tensors(tag)]
+            for tag in events.Tags()["tensors"]
+            if tag != "seconds"
+        }
+
+    s = spec(levels=1, controls=(), control_levels=())
+    imp(s, tmp_path, DIGITS)
+    before = logged()
+    assert {"loss", "test_accuracy", "density/total"} < set(before)
+    shutil.rmtree(folder(tmp_path, 1) / "tensorboard")
+    with pytest.warns(UserWarning, match="replicate 0 level 1 ticket: its TensorBoard logs were"):
+        imp(s, tmp_path, DIGITS)
+    assert logged() == before
+
+
 # Pruning before training.
 
 

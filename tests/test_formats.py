@@ -74,13 +74,13 @@ def test_an_interrupted_workdir_goes_on(number, tmp_path):
     assert [(r["arm"], r["level"]) for r in rows] == [(r["arm"], r["level"]) for r in recorded]
 
 
-def later(path, target):
-    """The same file, of the format after this version's, whole by its checksum."""
+def sealed(path, target, **changes):
+    """The same file with other metadata, whole by its checksum."""
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = json.loads(file.metadata()["lth_tf"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata["format_number"] = storage.FORMAT + 1
     metadata.pop("sha256")
+    metadata |= changes
     metadata["sha256"] = storage._checksum(arrays, metadata)
     target.write_bytes(safetensors.numpy.save(arrays, {"lth_tf": json.dumps(metadata)}))
 
@@ -96,7 +96,7 @@ def test_what_a_later_version_wrote_is_refused_and_left_alone(name, read, tmp_pa
     source = FORMATS / OLDER[-1] / "interrupted" / LEVEL
     source = source if name != "trained" else source.with_name("level_00")
     path = tmp_path / f"{name}.safetensors"
-    later(source / path.name, path)
+    sealed(source / path.name, path, format_number=storage.FORMAT + 1)
     with pytest.raises(UserError, match=REFUSED):
         read(path) if read else checkpoints.latest(tmp_path, pytest.fail)
     assert path.exists()
@@ -124,3 +124,45 @@ def test_a_checkpoint_of_now_has_the_mask(tmp_path):
     assert found.step == 40 and found.mask.keys() == ticket.mask.keys()
     assert all((found.mask[n] == m).all() for n, m in ticket.mask.items())
     assert pruning.get_mask(trainer.model).keys() == found.mask.keys()
+
+
+@pytest.mark.parametrize("number", OLDER)
+@pytest.mark.parametrize("changes", [{"step": -5}, {"step": 10**9}, {"step": 120}, {"since": 81},
+                                     {"rows": []}, {"seconds": None}])  # fmt: skip
+def test_a_checkpoint_that_no_training_has_is_a_damaged_one(number, changes, tmp_path):
+    source, here = FORMATS / number / "interrupted" / LEVEL, tmp_path / LEVEL
+    shutil.copytree(source, here)
+    ticket, said = load_ticket(here / "ticket.safetensors"), []
+    newest = here / "checkpoint_000000080.safetensors"
+    sealed(newest, newest, **changes)
+    if changes.get("step", 0) > 80:
+        newest.rename(here / f"checkpoint_{changes['step']:09d}.safetensors")
+    assert checkpoints.latest(here, said.append, ticket, 120).step == 40
+    assert len(said) == 1 and "a checkpoint is damaged, going on from the one before" in said[0]
+
+
+def test_deep_json_in_a_checkpoint_leaves_the_one_before(tmp_path):
+    here = tmp_path / LEVEL
+    shutil.copytree(FORMATS / OLDER[-1] / "interrupted" / LEVEL, here)
+    deep = safetensors.numpy.save({}, {"lth_tf": "[" * 100_000})
+    (here / "checkpoint_000000080.safetensors").write_bytes(deep)
+    said = []
+    assert checkpoints.latest(here, said.append).step == 40 and len(said) == 1
+
+
+@pytest.mark.parametrize("number", OLDER)
+@pytest.mark.parametrize("name", ["ticket", "trained"])
+def test_whose_an_older_file_is_is_checked_too(number, name, tmp_path):
+    shutil.copytree(FORMATS / number / "interrupted", tmp_path / "work")
+    name, level = f"{name}.safetensors", tmp_path / "work" / LEVEL
+    shutil.copy(level.with_name("level_00") / name, level / name)
+    with pytest.raises(storage.OtherFile, match=f"{name}' is whole, but not .*level is 0, not 1"):
+        (load_ticket if name.startswith("ticket") else load_trained)(level / name)
+
+
+def test_tickets_of_one_folder_are_told_apart(tmp_path):
+    shutil.copytree(FORMATS / OLDER[-1] / "interrupted", tmp_path / "work")
+    level = (tmp_path / "work" / LEVEL).with_name("level_00")
+    shutil.copy(level / "rewind.safetensors", level / "ticket.safetensors")
+    with pytest.raises(storage.OtherFile, match="rewind_step is 20, not 0"):
+        load_ticket(level / "ticket.safetensors")

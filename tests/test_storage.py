@@ -275,6 +275,18 @@ def test_foreign_files(tmp_path):
         storage.read_tensors(path)
 
 
+def test_deep_and_long_json_are_damage(tmp_path):
+    for text in ("[" * 100_000, '{"a":' * 100_000, "9" * 5000, "[]", "3", '{"a": 1e999}'):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(safetensors.numpy.save({"a": np.zeros(3)}, {"lth_tf": text}))
+        with pytest.raises(UserError, match="delete it and run the same command again"):
+            storage.read_tensors(path)
+        if "999" not in text:
+            (tmp_path / "x.json").write_text(text)
+            with pytest.raises(UserError, match="x.json' cannot be read .*; delete it"):
+                storage.read_json(tmp_path / "x.json")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="there is no file .*absent"):
         storage.read_tensors(tmp_path / "absent")

@@ -455,6 +455,17 @@ def test_training_on_what_cannot_be_read(toy, tmp_path):
     assert trainer.feed._at is None
 
 
+@pytest.mark.parametrize("label", [-1, 99])
+def test_label_that_is_no_class(toy, tmp_path, label):
+    path = str(tmp_path / "one")
+    with tf.io.TFRecordWriter(path) as file:
+        image = tf.io.encode_jpeg(np.zeros((40, 40, 3), np.uint8)).numpy()
+        file.write(record(image, label))
+    data = dataclasses.replace(toy, train=(Shard(path, 0, 1),))
+    with pytest.raises(UserError, match=f"a label is not from 0 to {toy.classes - 1}"):
+        list(feeds.walk(data, 0, 1, 0))
+
+
 def test_image_that_is_none(toy, tmp_path):
     path = str(tmp_path / "one")
     with tf.io.TFRecordWriter(path) as file:

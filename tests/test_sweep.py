@@ -21,7 +21,7 @@ from lth_tf.spec import Spec, fields_of
 from lth_tf.sweeps import processes, runs
 from lth_tf.sweeps.grid import shard_of, words_of
 from lth_tf.sweeps.processes import gpu_share, gpus
-from lth_tf.tickets import load_ticket
+from lth_tf.tickets import load_ticket, save_trained
 
 DIGITS = datasets.load("digits")
 NETWORK = {
@@ -143,6 +143,49 @@ def test_a_trunk_that_is_not_finished_is_not_taken(trunks, tmp_path):
     assert not here.exists()
     with pytest.raises(UserError, match="there is no trunk"):
         trunk.take(tmp_path / "nowhere", here, ticket, FILES)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("empty", {}, "is not the workdir of an experiment: there is no spec.json"),
+        ("imp", {"learning_rate": 0.5}, "is no trunk of this experiment: learning_rate is 0.0012"),
+        ("picked", {}, "is no trunk: its experiment trains no dense network"),
+        ("work", {}, "is the workdir itself"),
+    ],
+)
+def test_a_folder_that_is_no_trunk_is_refused_before_anything_is_done(
+    trunks, tmp_path, name, changes, message
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "picked").mkdir()
+    experiments.write_spec(tmp_path / "picked", dataclasses.replace(PICKED, dense=False))
+    given = trunks["imp"] if name == "imp" else tmp_path / name
+    spec, work = dataclasses.replace(IMP, **changes), tmp_path / "work"
+    if name == "work":
+        work.mkdir()
+    with pytest.raises(UserError, match=message):
+        experiments.imp(spec, work, DIGITS, trunk=given)
+    assert not work.exists() or not list(work.iterdir())
+    with pytest.raises(UserError, match="has no meaning for an experiment that trains no dense"):
+        plain = dataclasses.replace(PICKED, dense=False)
+        experiments.one_shot(plain, work, DIGITS, trunk=trunks["one_shot"])
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "trained.safetensors"])
+def test_a_trunk_with_an_exchanged_file_is_not_taken(trunks, tmp_path, name):
+    work, here = tmp_path / "trunk", tmp_path / "here"
+    shutil.copytree(trunks["imp"], work)
+    of_another = trunks["one_shot"] / "replicate_00" / "level_00" / name
+    if name == "metrics.csv":  # that training is the same but for its number of steps' captures
+        text = of_another.read_text()
+        (work / "replicate_00" / "level_00" / name).write_text(text.replace("0.", "0.1", 3))
+    else:
+        ticket = dataclasses.replace(dense(work), rewind_step=5)
+        save_trained(work / "replicate_00" / "level_00" / name, ticket.weights, ticket)
+    with pytest.raises(UserError, match="put (that|the) one back"):
+        trunk.take(work, here, dense(work), FILES)
+    assert not here.exists()
 
 
 def test_a_damaged_trunk_is_not_taken(trunks, tmp_path):
@@ -454,6 +497,24 @@ def test_a_trunk_that_another_process_trains_is_waited_for(run_sweep, status):
     else:
         trained = [each.folder] if status == "interrupted" else []
         assert code == 0 and started == [*trained, "density0.5", "density0.2"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"status": "finished"}', "[" * 9000, "\xff", "another run's"]
+)
+def test_a_damaged_record_of_one_run_does_not_stop_the_sweep(run_sweep, text):
+    run_sweep(apart(2))
+    folder = run_sweep.work / "runs"
+    whole = (folder / "seed1" / "run.json").read_text()
+    text = whole if text == "another run's" else text
+    (folder / "seed0" / "run.json").write_bytes(text.encode("latin-1"))
+    runs.write_index(run_sweep.work)
+    assert states(run_sweep.work) == {"seed0": "damaged", "seed1": "finished"}
+    code, said, started = run_sweep(apart(3))
+    assert code == 0 and started == ["seed0", "seed2"]
+    assert said.count("seed0: begun again, and goes on from what is finished: ") == 1
+    assert set(states(run_sweep.work).values()) == {"finished"}
+    assert (folder / "seed1" / "run.json").read_text() == whole
 
 
 def test_a_folder_of_another_command_is_refused_before_anything_runs(run_sweep):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from lth_tf import storage
 from lth_tf.errors import UserError
 from lth_tf.tasks import METRIC, metric_of
+from lth_tf.tickets import require_metrics, told, whose
+from lth_tf.training import states
 
 Row = dict[str, Any]
 
@@ -70,29 +74,75 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
       columns: names, in their order.
       rows: name -> value, of every column.
     """
+    storage.write(path, _text(columns, rows))
+
+
+def _text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    storage.write(path, text.getvalue())
+    return text.getvalue()
 
 
 def read_csv(path: Path) -> list[Row]:
     """Returns the rows that `write_csv` wrote, numbers as int or float."""
+    with storage.reading(path, "is damaged", "delete it"):
+        return _table(Path(path).read_text(encoding="utf-8"))[1]
+
+
+def _table(text: str) -> tuple[list[str], list[Row]]:
+    """The header and the rows of a text; raises ValueError where they do not fit."""
 
     def value(text: str) -> Any:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
+        if text.isascii() and "_" not in text and text == text.strip():
+            for kind in (int, float):
+                try:
+                    return kind(text)
+                except ValueError:
+                    pass
         return text or None
 
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if any(None in row or None in row.values() for row in rows):
-        raise UserError(f"{str(path)!r} is damaged: a row does not fit its header; delete it")
-    return [{k: value(v) for k, v in row.items()} for row in rows]
+    header, *lines = [*csv.reader(io.StringIO(text, newline=""), strict=True)] or [[]]
+    storage.require(len(set(header)) == len(header), "a column is there twice")
+    storage.require(all(len(line) == len(header) for line in lines), "a row has other columns")
+    return header, [dict(zip(header, map(value, line), strict=True)) for line in lines]
+
+
+def write_metrics(path: Path, metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Writes the evaluations of a training; returns their digest.
+
+    Args:
+      path: metrics.csv.
+      metric: the task's.
+      rows: see `Trained`.
+    """
+    text = _text(states.columns(metric), rows)
+    storage.write(path, text)
+    return _digest(text)
+
+
+def _digest(text: str) -> str:
+    """A sha256 of a metrics.csv but for its seconds, in which equal trainings differ."""
+    header, *lines = [*csv.reader(io.StringIO(text, newline=""))]
+    left_out = header.index("seconds")
+    rest = [line[:left_out] + line[left_out + 1 :] for line in (header, *lines)]
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
+def read_metrics(path: Path) -> tuple[list[Row], str]:
+    """Returns what `write_metrics` wrote: the evaluations, and their digest.
+
+    Raises:
+      UserError: the file is absent, damaged or holds something else.
+    """
+    remedy = "delete it and run the same command again: the training is done again"
+    with storage.reading(path, "is damaged", remedy):
+        text = Path(path).read_text(encoding="utf-8")
+        header, rows = _table(text)
+        states.require_rows(rows)
+        storage.require(header == states.columns(metric_of(header)), "other columns")
+        return rows, _digest(text)
 
 
 def write_summary(workdir: Path, rows: Sequence[Row]) -> None:
@@ -106,8 +156,91 @@ def write_summary(workdir: Path, rows: Sequence[Row]) -> None:
 
 
 def read_summary(workdir: Path) -> list[Row]:
-    """Returns the rows of summary.csv; raises UserError where there is none."""
+    """Returns the rows of summary.csv.
+
+    Raises:
+      UserError: there is none, it is damaged, or says something else than the trainings that lie
+        beside it.
+    """
+    path, rows = Path(workdir) / "summary.csv", written(workdir)
+    if strange := contradicting(workdir, rows):
+        raise UserError(
+            f"{str(path)!r} does not say what the trainings beside it say ({strange}); delete it "
+            "and run the experiment's command again: it is made anew of their metrics.csv"
+        )
+    return rows
+
+
+def written(workdir: Path) -> list[Row]:
+    """Returns the rows of summary.csv as they are; raises UserError as `read_summary`."""
     path = Path(workdir) / "summary.csv"
     if not path.exists():
         raise UserError(f"{str(workdir)!r} has no summary.csv yet: no training has finished there")
-    return read_csv(path)
+    remedy = "delete it and run the experiment's command again: it is made anew"
+    with storage.reading(path, "is damaged", remedy):
+        header, rows = _table(path.read_text(encoding="utf-8"))
+        storage.require(header == list(columns(metric_of(header))), "other columns")
+        for row in rows:
+            arm = isinstance(row["arm"], str) and re.fullmatch(r"\w[\w.-]*", row["arm"])
+            storage.require(arm, "a row without an arm")
+            for name in ("replicate", "level", "early_stop_step", "steps"):
+                storage.require(storage.is_count(row[name]), f"a {name} that is no count")
+            fits = type(row["density"]) in (int, float) and 0 <= row["density"] <= 1
+            storage.require(fits, "a density that is no fraction")
+            for name in header[5:]:
+                storage.require(type(row[name]) in (int, float), f"a {name} that is no number")
+        keys = {(row["arm"], row["replicate"], row["level"]) for row in rows}
+        storage.require(len(keys) == len(rows), "a training is there twice")
+        return rows
+
+
+def rebuilt(workdir: Path) -> list[Row]:
+    """Returns what summary.csv has to say: a row for each training that is finished.
+
+    Raises:
+      UserError: a file that it is made of is damaged, or another training's.
+    """
+    done = sorted(Path(workdir).glob("replicate_*/level_*/**/trained.safetensors"))
+    return [row for path in done if (row := _row(path.parent))]
+
+
+def contradicting(workdir: Path, rows: Sequence[Row]) -> str:
+    """Returns in words which rows say something else than the trainings of a workdir.
+
+    '' where there are none, or where no trainings lie there: a summary can be published alone.
+    """
+    work, found = Path(workdir), []
+    for row in rows if any(work.glob("replicate_*")) else ():
+        level = work / f"replicate_{row['replicate']:02d}" / f"level_{row['level']:02d}"
+        folder = level if row["arm"] == "ticket" else level / f"branch_{row['arm']}"
+        what = f"replicate {row['replicate']} level {row['level']} {row['arm']}"
+        if not (folder / "metrics.csv").exists():
+            found.append(f"{what}: no such training is finished")
+            continue
+        own = _row(folder)
+        if own is None:  # its weights may have been deleted since
+            key = row["arm"], row["replicate"], row["level"]
+            own = summary_row(*key, row["density"], read_metrics(folder / "metrics.csv")[0])
+        if own != row:
+            names = [name for name in own if own[name] != row.get(name)]
+            found.append(f"{what}: another {names[0] if names else 'column'}")
+    return "; ".join(found[:3]) + (f"; {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _row(folder: Path) -> Row | None:
+    """The row of the training in a folder; None where it is not finished."""
+    ticket, metrics = folder / "ticket.safetensors", folder / "metrics.csv"
+    trained, which = folder / "trained.safetensors", whose(folder)
+    if not which or not all(path.exists() for path in (ticket, metrics, trained)):
+        return None
+    rows, digest = read_metrics(metrics)
+    about = {path: storage.read_about(path) for path in (ticket, trained)}
+    for path, said in about.items():
+        with storage.reading(path, "is damaged", "delete it and run the same command again"):
+            storage.require_meant(path, told(said["level"], said["origin"]), which)
+    require_metrics(trained, about[trained], digest)
+    density = about[ticket].get("density", -1)
+    with storage.reading(ticket, "is no whole ticket", "delete it and run the same command again"):
+        fits = type(density) in (int, float) and 0 <= density <= 1
+        storage.require(fits, "a density that is no fraction")
+    return summary_row(which["arm"], which["replicate"], which["level"], density, rows)

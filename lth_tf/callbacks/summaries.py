@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,9 @@ class Summaries(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Opens the file and writes densities."""
         self._writer = tf.summary.create_file_writer(self.log_dir)
-        mask = pruning.get_mask(self.model)
         step = int(keras.backend.get_value(self.model.optimizer.iterations))
         with self._writer.as_default(step):
-            tf.summary.scalar("density/total", masks.density(mask))
-            for name, m in mask.items():
-                tf.summary.scalar(f"density/{name}", float(np.mean(m)))
-            if self.bytes_per_step:
-                tf.summary.scalar("communication/bytes_per_step", self.bytes_per_step)
+            _write_densities(pruning.get_mask(self.model), self.bytes_per_step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes the logs."""
@@ -50,9 +46,7 @@ class Summaries(keras.callbacks.Callback):
         iterations = int(keras.backend.get_value(self.model.optimizer.iterations))
         step = logs.get("step", iterations)
         with self._writer.as_default(step):
-            for name, value in logs.items():
-                if name != "step" and value is not None:
-                    tf.summary.scalar(name, value)
+            _write_numbers(logs)
             if self.histograms:
                 mask = pruning.get_mask(self.model)
                 for name, kernel in pruning.kernels(self.model).items():
@@ -61,3 +55,41 @@ class Summaries(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Closes the file."""
         self._writer.close()
+
+
+def write(
+    log_dir: str | os.PathLike,
+    mask: masks.Mask,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    bytes_per_step: int = 0,
+) -> None:
+    """Writes what `Summaries` would have written of a training that is over, without histograms.
+
+    Args:
+      log_dir: folder for the event file.
+      mask: kernel name -> 0/1 array.
+      rows: the evaluations, the first one before the first step.
+      bytes_per_step: see `Summaries`.
+    """
+    writer = tf.summary.create_file_writer(os.fspath(log_dir))
+    with writer.as_default(rows[0]["step"]):
+        _write_densities(mask, bytes_per_step)
+    for row in rows[1:]:
+        with writer.as_default(row["step"]):
+            _write_numbers(row)
+    writer.close()
+
+
+def _write_densities(mask: masks.Mask, bytes_per_step: int) -> None:
+    tf.summary.scalar("density/total", masks.density(mask))
+    for name, m in mask.items():
+        tf.summary.scalar(f"density/{name}", float(np.mean(m)))
+    if bytes_per_step:
+        tf.summary.scalar("communication/bytes_per_step", bytes_per_step)
+
+
+def _write_numbers(logs: Mapping[str, Any]) -> None:
+    for name, value in logs.items():
+        if name != "step" and value is not None:
+            tf.summary.scalar(name, value)

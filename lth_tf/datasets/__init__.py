@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf.datasets import tfds, tiny_imagenet
+from lth_tf.datasets import checks, tfds, tiny_imagenet
 from lth_tf.datasets.stream import Streamed
 from lth_tf.errors import UserError
 from lth_tf.registry import Registry
@@ -27,8 +27,8 @@ class Dataset:
       name: its key in DATASETS.
       train_inputs, test_inputs: [n, ...]: images as uint8 [n, height, width, channels], or
         floats, or integers of another type, see `scaling.scaled`.
-      train_labels, test_labels: what the task makes of them; for classification int32 [n], 0 to
-        classes - 1.
+      train_labels, test_labels: what the task makes of them; for classification integers [n] or
+        [n, 1], 0 to classes - 1, which become int32 [n].
       classes: how many numbers a network puts out.
       mean, std: along the last axis, of the training inputs; of images as pixels from 0 to 1.
       task: what a network is trained for, a key of `tasks.TASKS`.
@@ -43,6 +43,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     task: str = "classification"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what no network can be trained on."""
+        for field, value in checks.checked(self).items():
+            object.__setattr__(self, field, value)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

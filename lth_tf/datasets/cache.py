@@ -1,4 +1,4 @@
-"""Decoded arrays on disk: one uncompressed .npz a data set, whose CRC-32s tell damage.
+"""Decoded arrays on disk: one uncompressed .npz a data set, with a checksum over all.
 
 Files lie in $LTH_TF_CACHE, else $XDG_CACHE_HOME/lth_tf, else ~/.cache/lth_tf. The whole
 folder can be deleted at any time.
@@ -7,12 +7,17 @@ folder can be deleted at any time.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
-import zipfile
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+
+from lth_tf import storage
+
+# The CRC-32s of the archive are those of its members, not of their names.
+_CHECKSUM = "sha256"
 
 
 def folder() -> pathlib.Path:
@@ -26,9 +31,11 @@ def read(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray] | No
     """Returns the named arrays of the file, or None if it is absent, unreadable or damaged."""
     try:
         with np.load(path) as stored:
-            return {name: stored[name] for name in names}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+            found = {name: stored[name] for name in names}
+            checksum = str(stored[_CHECKSUM])
+    except Exception:  # a damaged archive raises anything; and a cache is not needed
         return None
+    return found if checksum == storage.digest(found) else None
 
 
 def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -37,8 +44,23 @@ def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with contextlib.suppress(OSError):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            checksum = np.array(storage.digest(arrays))
             with open(beside, "wb") as file:
-                np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+                np.savez(file, **{**arrays, _CHECKSUM: checksum})  # type: ignore[arg-type]
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def key(*about: bytes, files: Iterable[pathlib.Path]) -> str:
+    """Returns what the name of a file here ends with: other for every other source.
+
+    Args:
+      *about: what the arrays depend on besides the files.
+      files: what they are decoded from, by their names, sizes and times.
+    """
+    found = hashlib.sha256(b"\0".join(about))
+    for path in files:
+        stat = path.stat()
+        found.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]

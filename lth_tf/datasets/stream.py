@@ -222,9 +222,14 @@ def walk(
 def _decoded(dataset: Streamed, raw: Any) -> Any:
     from lth_tf.compat import tf
 
-    return raw.map(
-        lambda *record: decode(dataset.input_shape, *record), tf.data.AUTOTUNE, deterministic=True
-    )
+    def example(*record: Any) -> tuple[Any, Any]:
+        image, label = decode(dataset.input_shape, *record)
+        said = f"a label is not from 0 to {dataset.classes - 1}:"
+        inside = tf.debugging.Assert((label >= 0) & (label < dataset.classes), [said, label])
+        with tf.control_dependencies([inside]):
+            return image, tf.identity(label)
+
+    return raw.map(example, tf.data.AUTOTUNE, deterministic=True)
 
 
 def epochs(

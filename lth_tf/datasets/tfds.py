@@ -7,7 +7,6 @@ prepared version by listing the folder.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from absl import logging
 
+from lth_tf import storage
 from lth_tf.datasets import cache
 from lth_tf.datasets.stream import Shard
 from lth_tf.errors import UserError, brief
@@ -51,9 +51,12 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
         if version is None:
             raise RuntimeError(f"tensorflow-datasets prepared {name!r}, but not in {folder}")
     source = folder / name / version
-    # By the path alone, other data put there would go unnoticed; the info file has their sizes.
-    about = DECODING + os.fsencode(source.resolve()) + (source / INFO).read_bytes()
-    path = cache.folder() / f"{name}-{version}-{hashlib.sha256(about).hexdigest()[:16]}.npz"
+    # By the path alone, other data put there would go unnoticed.
+    with storage.reading(source / INFO, "is damaged", "prepare or copy that folder again"):
+        info = (source / INFO).read_bytes()
+        records = sorted(p for p in source.iterdir() if p.is_file())
+        about = DECODING, os.fsencode(source.resolve()), info
+        path = cache.folder() / f"{name}-{version}-{cache.key(*about, files=records)}.npz"
     found = cache.read(path, ARRAYS)
     if found is None:
         found = decode(source)
@@ -121,7 +124,7 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
                 )
             found[f"{split}_images"] = images.numpy()
             found[f"{split}_labels"] = labels.numpy().astype(np.int32)
-    except (OSError, ValueError, tf.errors.OpError) as error:
+    except Exception as error:  # a damaged dataset_info.json raises anything
         raise UserError(
             f"the data in {source} cannot be read ({brief(error)}); delete that folder and "
             f"prepare or copy it again"
@@ -174,7 +177,7 @@ def shards(source: pathlib.Path, split: str) -> tuple[Shard, ...]:
     try:
         info = tfds.builder_from_directory(source).info
         files = info.splits[split].file_instructions
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged dataset_info.json raises anything
         raise UserError(
             f"the data in {source} have no readable split {split!r} ({brief(error)}); prepare or "
             f"copy that folder again"

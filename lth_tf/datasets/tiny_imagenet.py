@@ -10,13 +10,13 @@ the archive's own `test` were never published.
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from lth_tf import storage
 from lth_tf.datasets import cache, tfds
 from lth_tf.errors import UserError, brief
 
@@ -42,11 +42,10 @@ def arrays(data_dir: str | None = None) -> dict[str, np.ndarray]:
     folder = find(data_dir)
     wnids = _lines(folder / "wnids.txt")
     parts = {"train": train_files(folder, wnids), "test": val_files(folder, wnids)}
-    about = hashlib.sha256(DECODING + os.fsencode(folder.resolve()))
-    for files in parts.values():
-        for path, label in files:
-            about.update(f"{path.name} {label}\n".encode())
-    path = cache.folder() / f"tiny_imagenet-{about.hexdigest()[:16]}.npz"
+    labels = [str(label) for files in parts.values() for _, label in files]
+    about = DECODING, os.fsencode(folder.resolve()), " ".join(labels).encode()
+    images = (path for files in parts.values() for path, _ in files)
+    path = cache.folder() / f"tiny_imagenet-{cache.key(*about, files=images)}.npz"
     found = cache.read(path, tfds.ARRAYS)
     if found is None:
         found = {}
@@ -122,6 +121,7 @@ def val_files(folder: pathlib.Path, wnids: Sequence[str]) -> Files:
 def _lines(path: pathlib.Path) -> list[str]:
     try:
         found = path.read_text().splitlines()
+        storage.require("\0" not in "".join(found), "it is no text")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); unpack {FOLDER}.zip again") from error
     if not found:

@@ -13,30 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import analysis, distribute, masks, models, storage
-from lth_tf.analysis.summary import read_csv, write_csv
-from lth_tf.callbacks import Summaries
+from lth_tf import analysis, distribute, masks, models, pruning, storage
+from lth_tf.analysis import summary
+from lth_tf.callbacks import Summaries, summaries
 from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking, trunk
 from lth_tf.experiments.branches import branch
 from lth_tf.experiments.plans import Plan, plan
-from lth_tf.experiments.workdirs import require_own, write_spec
+from lth_tf.experiments.trunk import require as require_trunk
+from lth_tf.experiments.workdirs import read_training, require_own, write_spec
 from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS, TiedScores, ties
 from lth_tf.spec import Spec
-from lth_tf.tickets import Ticket, load_ticket, load_trained, save_trained
+from lth_tf.tickets import Ticket, load_ticket, save_trained
 from lth_tf.training import Trained, Trainer, checkpoints
 
 _TRAINED = "trained.safetensors"
-
-
-def columns(metric: str) -> list[str]:
-    """Returns the columns of metrics.csv."""
-    each = [f"{part}_{name}" for part in ("validation", "test") for name in ("loss", metric)]
-    return ["step", "loss", *each, "learning_rate", "seconds"]
 
 
 class Laboratory:
@@ -80,11 +75,9 @@ class Laboratory:
         self.plan = plan(spec, dataset.input_shape, dataset.classes, self.blueprint)
         self.trainer = Trainer(spec, dataset, strategy, self.blueprint)
         self.workers = self.trainer.workers
-        written = workdir / "summary.csv"
+        # Not read of summary.csv, in which anybody may have written.
         self.summary: list[dict[str, Any]]
-        _, self.summary = self.workers.share(
-            lambda: ({}, read_csv(written) if written.exists() else [])
-        )
+        _, self.summary = self.workers.share(lambda: ({}, summary.rebuilt(workdir)))
 
     def say(self, text: str) -> None:
         """Tells the user something, once."""
@@ -128,6 +121,14 @@ class Laboratory:
             raise UserError(
                 f"{str(path)!r} is a ticket of another experiment; choose another --workdir"
             )
+        network = pruning.weights(self.trainer.model)
+        if {n: w.shape for n, w in ticket.weights.items()} != {
+            n: tuple(v.shape) for n, v in network.items()
+        } or ticket.mask.keys() != pruning.kernels(self.trainer.model).keys():
+            raise storage.OtherFile(
+                f"{str(path)!r} is a ticket of another network; delete it and run the same command "
+                "again to make it anew"
+            )
         return ticket
 
     def _shared(self, get: Callable[[], Ticket | None]) -> Ticket | None:
@@ -154,7 +155,7 @@ class Laboratory:
 
     def rewound(self, folder: Path) -> dict[str, np.ndarray]:
         """Returns the weights at the rewind step, which the training in `folder` has saved."""
-        ticket = self._shared(lambda: load_ticket(folder / "rewind.safetensors"))
+        ticket = self._shared(lambda: self._own(folder / "rewind.safetensors"))
         assert ticket is not None
         return ticket.weights
 
@@ -208,7 +209,21 @@ class Laboratory:
             self.trunk and ticket.level == 0 and trunk.take(self.trunk, folder, ticket, needed)
         ):
             return {}, None
-        return load_trained(folder / _TRAINED), read_csv(folder / "metrics.csv")
+        weights, rows = read_training(folder, ticket)
+        self._log_again(folder, ticket, rows)
+        return weights, rows
+
+    def _log_again(self, folder: Path, ticket: Ticket, rows: list[dict[str, Any]]) -> None:
+        """Writes the TensorBoard logs of a finished training where somebody deleted them."""
+        logs = folder / "tensorboard"
+        if any(logs.glob("events.*")):
+            return
+        with storage.explained(logs), os_errors():
+            bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
+            summaries.write(logs, ticket.mask, rows, bytes_per_step=bytes_per_step)
+        what = f"replicate {ticket.origin['replicate']} level {ticket.level} {ticket.origin['arm']}"
+        lost = "; histograms are lost" if self.spec.histograms else ""
+        self.say(f"{what}: its TensorBoard logs were gone: made anew of metrics.csv{lost}")
 
     def _train(
         self, folder: Path, ticket: Ticket, start: int, stop: int, capture: int | None, what: str
@@ -216,7 +231,7 @@ class Laboratory:
         point, logs = folder / "rewind.safetensors", folder / "tensorboard"
 
         def last() -> tuple[dict, Any]:
-            found = checkpoints.latest(folder, self.say)
+            found = checkpoints.latest(folder, self.say, ticket, stop)
             if not found or (capture and found.step >= capture and not point.exists()):
                 return {}, None
             return checkpoints.taken_apart(found)
@@ -258,13 +273,14 @@ class Laboratory:
                 captured=captured,
                 callbacks=callbacks,
                 state=state,
-                keep=lambda state: self.write(lambda: checkpoints.save(folder, state)),
+                keep=lambda state: self.write(lambda: checkpoints.save(folder, state, ticket)),
                 asked=self.asked,
             )
 
     def _save(self, folder: Path, ticket: Ticket, trained: Trained) -> None:
-        write_csv(folder / "metrics.csv", columns(self.trainer.task.metric), trained.rows)
-        save_trained(folder / _TRAINED, trained.weights, ticket)
+        metric = self.trainer.task.metric
+        digest = summary.write_metrics(folder / "metrics.csv", metric, trained.rows)
+        save_trained(folder / _TRAINED, trained.weights, ticket, digest)
         checkpoints.clear(folder)
 
     def dense(self, replicate: int) -> Ticket:
@@ -368,14 +384,20 @@ def opened(
     workers = distribute.workers_of(strategy)
     with distribute.lost(), contextlib.ExitStack() as stack:
 
-        def own() -> tuple[dict, None]:
+        def own() -> tuple[dict, Any]:
+            # First of all, so that nothing is changed where one of these is refused.
+            if source and trains and _lacks_dense(spec, work):
+                require_trunk(source, spec, work)
+            strange = ""
+            if (work / "summary.csv").exists():
+                strange = summary.contradicting(work, summary.written(work))
             stack.enter_context(storage.lock(work))
             require_own(work, spec)
-            return {}, None
+            return {}, strange
 
-        workers.share(own)
-        asked = stack.enter_context(checkpoints.terminations())
         source = Path(trunk) if trunk else None
+        _, strange = workers.share(own)
+        asked = stack.enter_context(checkpoints.terminations())
         lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
         lab.write(lambda: write_spec(work, spec))
@@ -386,4 +408,14 @@ def opened(
                     f"{replicas} replicas share each batch of {spec.batch_size}; XLA compiles "
                     "nothing then"
                 )
+        if strange and trains:
+            lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
         yield lab
+
+
+def _lacks_dense(spec: Spec, workdir: Path) -> bool:
+    """Whether a replicate's dense network is not trained yet."""
+    return not all(
+        (workdir / f"replicate_{replicate:02d}" / "level_00" / _TRAINED).exists()
+        for replicate in range(spec.replicates)
+    )

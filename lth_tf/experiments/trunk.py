@@ -11,8 +11,10 @@ from typing import Any
 
 from lth_tf import storage
 from lth_tf.errors import UserError
+from lth_tf.experiments.workdirs import read_spec, read_training
+from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences, fields_of
-from lth_tf.tickets import Ticket, load_ticket, load_trained
+from lth_tf.tickets import Ticket, load_ticket
 from lth_tf.training import checkpoints
 
 
@@ -33,6 +35,42 @@ def spec(run: Spec) -> Spec:
     names = [*fields_of(role="training"), *fields_of(role="course")]
     values = {name: getattr(run, name) for name in names}
     return Spec(recipe="imp", levels=0, rewind_step=float(run.rewind_at), **values)
+
+
+def require(trunk_workdir: Path, run: Spec, workdir: Path) -> None:
+    """Checks that a folder is the workdir of a dense training that `run` can take.
+
+    Args:
+      trunk_workdir: what was given as the trunk.
+      run: the experiment.
+      workdir: its folder.
+
+    Raises:
+      UserError: it is not, and says why.
+    """
+    given = os.fspath(trunk_workdir)
+    if not Path(trunk_workdir).is_dir():
+        raise UserError(f"there is no trunk {given!r}: no such folder")
+    if Path(trunk_workdir).resolve() == Path(workdir).resolve():
+        raise UserError(f"the trunk {given!r} is the workdir itself; give another folder, or none")
+    if not RECIPES[run.recipe].has_dense(run):
+        raise UserError(
+            f"the trunk {given!r} has no meaning for an experiment that trains no dense network; "
+            "give none"
+        )
+    theirs = read_spec(Path(trunk_workdir))
+    if not RECIPES[theirs.recipe].has_dense(theirs):
+        raise UserError(f"{given!r} is no trunk: its experiment trains no dense network")
+    listed = differences(trunk_fields(theirs), trunk_fields(run))
+    if listed:
+        raise _no_trunk(given, listed)
+
+
+def _no_trunk(given: str, listed: str) -> UserError:
+    return UserError(
+        f"{given!r} is no trunk of this experiment: {listed}; give the trunk of the same dense "
+        "training, or none"
+    )
 
 
 def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]) -> bool:
@@ -60,14 +98,16 @@ def take(trunk_workdir: Path, folder: Path, ticket: Ticket, files: Sequence[str]
     _require_same(load_ticket(source / "ticket.safetensors"), ticket, source)
     if not all((source / name).exists() for name in files):
         return False
-    load_trained(source / "trained.safetensors")  # its checksum
+    read_training(source, ticket)
+    rewound = {
+        name: load_ticket(source / name) for name in files if name == "rewind.safetensors"
+    }  # a ticket, which names its experiment
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     for log in sorted((source / "tensorboard").rglob("*")):
         if log.is_file():
             _link(log, folder / log.relative_to(source))
     for name in sorted(files, key=lambda name: name == "trained.safetensors"):
-        if name == "rewind.safetensors":  # a ticket, which names its experiment
-            there = load_ticket(source / name)
+        if there := rewound.get(name):
             dataclasses.replace(ticket, weights=there.weights, rewind_step=there.rewind_step).save(
                 folder / name
             )
@@ -83,10 +123,7 @@ def _require_same(theirs: Ticket, mine: Ticket, source: Path) -> None:
         {**theirs.origin, **trunk_fields(theirs.spec)}, {**mine.origin, **trunk_fields(mine.spec)}
     )
     if listed:
-        raise UserError(
-            f"{os.fspath(source)!r} is no trunk of this experiment: {listed}; give the trunk of "
-            "the same dense training, or none"
-        )
+        raise _no_trunk(os.fspath(source), listed)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -6,11 +6,16 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lth_tf import storage
+from lth_tf.analysis.summary import read_metrics
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
+from lth_tf.tickets import Ticket, load_trained
 
 
 def require_own(workdir: Path, spec: Spec) -> None:
@@ -49,23 +54,42 @@ def write_spec(workdir: Path, spec: Spec) -> None:
 def read_spec(workdir: Path) -> Spec:
     """Returns the spec of a workdir; raises UserError where there is none or it is damaged."""
     path = workdir / "spec.json"
-    try:
-        values = json.loads(path.read_text())
-        if isinstance(values, dict):
-            storage.require_format(path, values.pop("format_number", None))
-        return Spec.from_dict(values)
-    except storage.NewerFormat:
-        raise
-    except OSError as error:
+    if not path.is_file():
         raise UserError(
-            f"{str(workdir)!r} is not the workdir of an experiment: {error.strerror or error} "
-            f"({path.name})"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
+            f"{str(workdir)!r} is not the workdir of an experiment: there is no {path.name} in it"
+        )
+    values = storage.read_json(path)
+    storage.require_format(path, values.pop("format_number", None))
+    with storage.reading(path, "cannot be read", "delete it"):
+        try:
+            return Spec.from_dict(values)
+        except UserError as error:
+            raise ValueError(error) from error
 
 
 def finished(workdir: Path) -> Iterator[Path]:
     """Yields the folders of a workdir whose training is finished."""
     for path in sorted(Path(workdir).glob("replicate_*/level_*/**/trained.safetensors")):
         yield path.parent
+
+
+def read_training(
+    folder: Path, ticket: Ticket
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Returns the weights that a finished training ended with, and its evaluations.
+
+    Args:
+      folder: where they are.
+      ticket: whose training it must be.
+
+    Raises:
+      OtherFile: a file is whole, but of another training.
+      UserError: a file is absent or damaged.
+    """
+    path = folder / "metrics.csv"
+    rows, digest = read_metrics(path)
+    weights = load_trained(folder / "trained.safetensors", ticket, digest)
+    storage.require_meant(
+        path, {"its first step": rows[0]["step"]}, {"its first step": ticket.rewind_step}
+    )
+    return weights, rows

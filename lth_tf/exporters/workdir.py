@@ -67,7 +67,8 @@ def read(folder: Path, what: str) -> tuple[Ticket, dict[str, np.ndarray] | None]
       UserError: a file is absent or damaged.
     """
     ticket = load_ticket(folder / "ticket.safetensors")
-    return ticket, load_trained(folder / "trained.safetensors") if what == "trained" else None
+    trained = load_trained(folder / "trained.safetensors", ticket) if what == "trained" else None
+    return ticket, trained
 
 
 class _Counter(io.BytesIO):

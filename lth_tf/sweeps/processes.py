@@ -139,6 +139,8 @@ def sweep(
       UserError: a folder that belongs to a run of another command, or cannot be written.
     """
     found = gpus() if found is None else found
+    for run in [*of.trunks.values(), *of.runs]:
+        runs.mend(workdir, run, say)
     runs.require_own(workdir, of.runs)
     for run in of.runs:
         if not runs.read(workdir, run):

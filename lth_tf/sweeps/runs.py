@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lth_tf import storage
-from lth_tf.analysis.summary import columns, read_csv, write_csv
+from lth_tf.analysis.summary import Row, columns, read_summary, write_csv
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
@@ -22,15 +22,74 @@ ABOUT = "run", "status", "preset", "dataset", "model", "method", "seed", "asked_
 _PAUSE = 0.02  # seconds between two tries to hold the index
 
 
+def load(workdir: Path, folder: str) -> dict[str, Any]:
+    """Returns the run.json of a run.
+
+    Args:
+      workdir: the sweep's.
+      folder: the run's, below it.
+
+    Raises:
+      UserError: it is absent, damaged, or another run's.
+    """
+    path = workdir / folder / "run.json"
+    found = storage.read_json(path)
+    with storage.reading(path, "is damaged", "it is made anew when the sweep is run again"):
+        storage.require(set(_FITS) <= set(found), "not all of it is there")
+        for name, fits in _FITS.items():
+            storage.require(fits(found[name]), f"{name} is no such thing")
+        try:
+            Spec.from_dict(found["spec"])
+        except UserError as error:
+            raise ValueError(error) from error
+    storage.require_meant(path, found, {"name": folder.removeprefix("runs/")})
+    return found
+
+
+def _maybe(kind: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or isinstance(value, kind)
+
+
+_STATES = "waiting", "running", "finished", "interrupted", "failed"
+# What run.json says, and whether a value out of it is such a thing.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda value: isinstance(value, str),
+    "status": lambda value: isinstance(value, str) and value in _STATES,
+    "command": lambda v: isinstance(v, list) and all(isinstance(word, str) for word in v),
+    "exit_code": lambda value: value is None or type(value) is int,
+    "seconds": lambda value: value is None or (storage.is_number(value) and value >= 0),
+    "error": _maybe(str),
+    "preset": lambda value: isinstance(value, str),
+    "trunk": _maybe(str),
+    "spec": lambda value: isinstance(value, dict),
+}
+
+
 def read(workdir: Path, run: Run) -> dict[str, Any]:
-    """Returns a run's run.json, {} where there is none; raises UserError if it is damaged."""
-    path = workdir / run.folder / "run.json"
+    """Returns a run's run.json, {} where there is none or a damaged one.
+
+    For a run that nothing is known of is begun again, and goes on from what its folder holds.
+    """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return load(workdir, run.folder)
+    except UserError:
         return {}
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}); delete it") from error
+
+
+def mend(workdir: Path, run: Run, say: Callable[[str], Any]) -> None:
+    """Writes the run.json of a run anew where it is damaged or another run's, and says so.
+
+    Args:
+      workdir: the sweep's.
+      run: whose it is.
+      say: called with a sentence.
+    """
+    try:
+        if (workdir / run.folder / "run.json").exists():
+            load(workdir, run.folder)
+    except UserError as error:
+        say(f"{run.name}: begun again, and goes on from what is finished: {error}")
+        record(workdir, run, "waiting")
 
 
 def finished(workdir: Path, run: Run) -> bool:
@@ -131,24 +190,39 @@ def write_index(workdir: Path) -> None:
             time.sleep(_PAUSE)
         runs, lines = [], []
         for path in sorted(workdir.glob("runs/*/run.json")):
-            run = json.loads(path.read_text())
-            spec, summary = Spec.from_dict(run["spec"]), path.with_name("summary.csv")
-            done = run["status"] == "finished" and summary.exists()
-            rows = read_csv(summary) if done else []
-            recipe = RECIPES[spec.recipe]
-            asked = recipe.asked(spec)
-            about = {
-                "run": run["name"],
-                "method": recipe.method(spec),
-                "asked_density": asked[0] if len(asked) == 1 else None,
-                **{name: getattr(spec, name) for name in ("dataset", "model", "seed")},
-                **{name: run[name] for name in ("status", "preset", "error")},
-            }
+            run, rows, about = _told(workdir, path.parent)
             lines += [about | row for row in rows] or [about]
             runs.append({**run, "results": rows})
         results = dict.fromkeys(name for line in lines for name in columns(metric_of(line)))
         write_csv(workdir / "index.csv", [*ABOUT, *(results or columns()), "error"], lines)
         storage.write(workdir / "index.json", json.dumps(runs, indent=1) + "\n")
+
+
+def _told(workdir: Path, folder: Path) -> tuple[dict[str, Any], list[Row], dict[str, Any]]:
+    """What run.json says of a run, its results, and its part of each of its lines."""
+    try:
+        run = load(workdir, folder.relative_to(workdir).as_posix())
+    except UserError as damage:  # that of one run, which must not stop the others
+        run = {"name": folder.name, "status": "damaged", "error": str(damage)}
+        return run, [], {"run": folder.name, "status": "damaged", "error": str(damage)}
+    rows, error = [], run["error"]
+    if run["status"] == "finished" and (folder / "summary.csv").exists():
+        try:
+            rows = read_summary(folder)
+        except UserError as damage:
+            error = str(damage)
+    spec = Spec.from_dict(run["spec"])
+    recipe = RECIPES[spec.recipe]
+    asked = recipe.asked(spec)
+    about = {
+        "run": run["name"],
+        "method": recipe.method(spec),
+        "asked_density": asked[0] if len(asked) == 1 else None,
+        **{name: getattr(spec, name) for name in ("dataset", "model", "seed")},
+        **{name: run[name] for name in ("status", "preset")},
+        "error": error,
+    }
+    return run, rows, about
 
 
 def plan_rows(of: Grid, workdir: Path, shard: tuple[int, int]) -> Iterator[tuple[str, ...]]:
@@ -158,9 +232,6 @@ def plan_rows(of: Grid, workdir: Path, shard: tuple[int, int]) -> Iterator[tuple
       of: the whole grid.
       workdir: where it is done.
       shard: (i, n): it is told for n parts which one each run belongs to.
-
-    Raises:
-      UserError: a run.json is damaged.
     """
     for each in of.trunks.values():
         shared = sum(run.trunk == each.folder for run in of.runs)

@@ -14,49 +14,106 @@ import numpy as np
 
 from lth_tf import masks, storage
 from lth_tf.errors import UserError
-from lth_tf.training.states import Interrupted, State
+from lth_tf.tickets import Ticket
+from lth_tf.training.states import Interrupted, State, require_rows
 
 NEWEST = 2
 _PATTERN = "checkpoint_*.safetensors"
 
 
-def save(folder: Path, state: State) -> None:
+def save(folder: Path, state: State, ticket: Ticket | None = None) -> None:
     """Writes a state, and deletes all but the NEWEST last ones.
+
+    Args:
+      folder: of the training.
+      state: what to go on from.
+      ticket: whose training it is, which the file tells.
 
     Raises:
       UserError: the file cannot be written.
     """
     variables, about = taken_apart(state)
     path = folder / f"checkpoint_{state.step:09d}.safetensors"
-    storage.write_tensors(path, variables, {"format": "checkpoint", **about})
+    whose = {"ticket": ticket.digest} if ticket else {}
+    storage.write_tensors(path, variables, {"format": "checkpoint", **whose, **about})
     with storage.explained(folder):
         for old in sorted(folder.glob(_PATTERN))[:-NEWEST]:
             old.unlink()
 
 
-def latest(folder: Path, say: Callable[[str], None]) -> State | None:
+def latest(
+    folder: Path,
+    say: Callable[[str], None],
+    ticket: Ticket | None = None,
+    stop: int | None = None,
+) -> State | None:
     """Returns the last state whose file is whole; None where there is none.
 
     Args:
       folder: where `save` wrote.
       say: told of files that are damaged; they are deleted.
+      ticket: whose training it must be (None: anybody's).
+      stop: the end of that training.
 
     Raises:
+      OtherFile: it is of another ticket's training.
       NewerFormat: a later version of this package wrote it.
     """
     for path in sorted(folder.glob(_PATTERN), reverse=True):
         try:
             variables, about = storage.read_tensors(path)
-            if about.pop("format", None) != "checkpoint":
-                raise UserError(f"{str(path)!r} is not a checkpoint")
-            return put_together(variables, about)
-        except storage.NewerFormat:
+            with storage.reading(path, "is no whole checkpoint", "it is deleted"):
+                storage.require(about.pop("format", None) == "checkpoint", "it is something else")
+                whose = about.pop("ticket", None)
+                state = put_together(variables, about)
+                _require_whole(path, state)
+                if ticket and whose not in (None, ticket.digest):
+                    raise storage.OtherFile(
+                        f"{str(path)!r} is whole, but of the training of another ticket; put the "
+                        "one back that was there, or delete it to train anew"
+                    )
+                if ticket:
+                    _require_fits(state, ticket, stop)
+            return state
+        except (storage.NewerFormat, storage.OtherFile):
             raise
-        except (UserError, KeyError, TypeError, ValueError) as error:
+        except UserError as error:
             say(f"a checkpoint is damaged, going on from the one before, or anew: {error}")
             with storage.explained(path):
                 path.unlink(missing_ok=True)
     return None
+
+
+def _require_whole(path: Path, state: State) -> None:
+    """Raises ValueError where a state contradicts itself, or its file's name."""
+    named = f"checkpoint_{state.step:09d}" if storage.is_count(state.step) else ""
+    storage.require(path.stem == named, f"the step {state.step!r} is not that of its name")
+    since = storage.is_count(state.since) and state.since <= state.step
+    storage.require(since, f"the last evaluation at step {state.since!r}")
+    storage.require(storage.is_number(state.total), "the sum of losses")
+    storage.require(storage.is_number(state.seconds) and state.seconds >= 0, "the seconds")
+    steps = [row["step"] for row in state.rows]
+    in_order = bool(steps) and all(map(storage.is_count, steps)) and steps == sorted(set(steps))
+    storage.require(in_order and steps[-1] <= state.since, "the evaluations")
+
+
+def _require_fits(state: State, ticket: Ticket, stop: int | None) -> None:
+    """Raises ValueError where a state cannot be one of a ticket's training."""
+    start, end = ticket.rewind_step, state.step + 1 if stop is None else stop
+    storage.require(start < state.step < end, f"step {state.step} is not between {start} and {end}")
+    require_rows(state.rows)
+    began, last = state.rows[0]["step"], state.rows[-1]["step"]
+    storage.require((began, last) == (start, state.since), "evaluations of other steps")
+    for name, w in ticket.weights.items():
+        found = [state.variables.get(f"{own}weights/{name}") for own in ("", "replica_0/")]
+        fits = [a for a in found if a is not None and a.shape == w.shape]
+        storage.require(fits, f"no weights {name!r} of that shape")
+    mask = ticket.mask if state.mask is None else state.mask
+    shapes = ({name: m.shape for name, m in of.items()} for of in (mask, ticket.mask))
+    storage.require(next(shapes) == next(shapes), "a mask of other kernels")
+    for name, m in mask.items():
+        pruned = state.variables[f"weights/{name}"][m == 0]
+        storage.require(not np.any(pruned != 0), f"{name!r} exceeds the mask")
 
 
 def taken_apart(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import distribute, pruning
+from lth_tf import distribute, pruning, storage
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.models import Weights
 from lth_tf.pruning import inside
 from lth_tf.pruning.slots import optimizer_state
+from lth_tf.tasks import metric_of
 
 
 class DivergedError(UserError):
@@ -70,6 +71,34 @@ class Trained:
     mask: Mask
 
 
+def columns(metric: str) -> list[str]:
+    """Returns what an evaluation says, in the order of metrics.csv."""
+    each = [f"{part}_{name}" for part in ("validation", "test") for name in ("loss", metric)]
+    return ["step", "loss", *each, "learning_rate", "seconds"]
+
+
+def require_rows(rows: Any) -> None:
+    """Raises ValueError unless these can be the evaluations of one training, in their order."""
+    storage.require(isinstance(rows, (list, tuple)) and rows, "it has no evaluations")
+    names = columns(metric_of(rows[0]))
+    for i, row in enumerate(rows):
+        storage.require(sorted(row) == sorted(names), "an evaluation has other columns")
+        before = rows[i - 1] if i else None
+        later = storage.is_count(row["step"]) and (not before or before["step"] < row["step"])
+        storage.require(later, f"the step {row['step']!r} is out of order")
+        for name in ("validation_loss", "learning_rate", "seconds", *(["loss"] if i else ())):
+            storage.require(storage.is_number(row[name]), f"{name} at step {row['step']}")
+        storage.require(row["seconds"] >= 0, f"seconds at step {row['step']}")
+        storage.require(i or row["loss"] is None, "a loss before the first step")
+        for name in (names[3], names[5]):
+            told = type(row[name]) in (int, float) or (name == names[5] and row[name] is None)
+            storage.require(told, f"{name} at step {row['step']}")
+        tested = type(row["test_loss"]) in (int, float)
+        alike = tested if row[names[5]] is not None else row["test_loss"] is None
+        lowest = all(row["validation_loss"] < other["validation_loss"] for other in rows[:i])
+        storage.require(alike and (tested or not lowest), f"test_loss at step {row['step']}")
+
+
 def read(model: Any, optimizer: Any, strategy: Any) -> dict[str, np.ndarray]:
     """Returns all that training changes: what replicas share, then each replica's own.
 
@@ -100,7 +129,7 @@ def restore(state: State, model: Any, optimizer: Any, strategy: Any) -> None:
       model, optimizer, strategy: see `read`.
 
     Raises:
-      UserError: it lacks a variable.
+      UserError: it lacks a variable, or one does not fit.
     """
     if state.mask is not None:  # it may have moved since the beginning
         pruning.set_mask(model, state.mask, optimizer)
@@ -110,11 +139,22 @@ def restore(state: State, model: Any, optimizer: Any, strategy: Any) -> None:
         for i, part in enumerate(variable.values if own else [variable], first):
             key = f"replica_{i}/{name}" if own else name
             if key not in state.variables:
-                raise UserError(
-                    f"the checkpoint of step {state.step} lacks {key!r}: another version of "
-                    "lth_tf wrote it; delete the level's checkpoint_* files to train it anew"
-                )
-            part.assign(state.variables[key])
+                raise _unfit(state, f"lacks {key!r}: another version of lth_tf wrote it")
+            try:
+                part.assign(state.variables[key])
+            except (ValueError, TypeError) as error:
+                raise _unfit(state, f"has {key!r} of another shape or type") from error
+    try:
+        pruning.check(model, optimizer)
+    except pruning.InvariantError as error:
+        raise _unfit(state, "has weights or slots that exceed its mask") from error
+
+
+def _unfit(state: State, why: str) -> UserError:
+    return UserError(
+        f"the checkpoint of step {state.step} {why}; delete the level's checkpoint_* files to "
+        "train it anew"
+    )
 
 
 def _changed(model: Any, optimizer: Any) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,98 @@
+"""What a data set in memory has to be, checked where it enters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lth_tf.errors import UserError
+
+
+def checked(dataset: Any) -> dict[str, np.ndarray]:
+    """Returns the arrays of a data set as they are needed: field -> array.
+
+    Args:
+      dataset: see `datasets.Dataset`.
+
+    Raises:
+      UserError: they do not fit each other, or nothing can be learnt of them.
+    """
+    name, found = dataset.name, dict[str, np.ndarray]()
+    for part in ("train", "test"):
+        inputs = _inputs(name, part, getattr(dataset, f"{part}_inputs"))
+        labels = np.asarray(getattr(dataset, f"{part}_labels"))
+        if len(inputs) != len(labels if labels.ndim else labels[None]):
+            raise UserError(
+                f"data set {name!r} has {len(inputs):,} {part} inputs and {labels.size:,} labels; "
+                "give as many of both"
+            )
+        if dataset.task == "classification":
+            labels = _classes(name, part, labels, dataset.classes)
+        found |= {f"{part}_inputs": inputs, f"{part}_labels": labels}
+    train, test = found["train_inputs"], found["test_inputs"]
+    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
+        raise UserError(
+            f"data set {name!r} has training inputs of shape {list(train.shape[1:])} and type "
+            f"{train.dtype}, but test inputs of {list(test.shape[1:])} and {test.dtype}; give "
+            "both alike"
+        )
+    _require_moments(dataset, train)
+    return found
+
+
+def _inputs(name: str, part: str, given: Any) -> np.ndarray:
+    inputs = np.asarray(given)
+    if inputs.ndim < 2 or not inputs.size:
+        raise UserError(
+            f"data set {name!r} has {part} inputs of shape {list(inputs.shape)}; give [n, ...], "
+            "with n and all sides at least 1"
+        )
+    if inputs.dtype.kind not in "uif":
+        raise UserError(
+            f"data set {name!r} has {part} inputs of type {inputs.dtype}; give uint8 for images, "
+            "floats or integers"
+        )
+    if inputs.dtype.kind == "f" and not np.isfinite(inputs).all():
+        bad = int(np.argwhere(~np.isfinite(inputs))[0][0])
+        raise UserError(
+            f"data set {name!r} has {part} inputs that are NaN or infinite, the first in example "
+            f"{bad}; leave such examples out"
+        )
+    return inputs
+
+
+def _classes(name: str, part: str, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Labels of classes, int32 [n]."""
+    if classes < 2:
+        raise UserError(f"data set {name!r} has {classes} class(es); a network needs two or more")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+        raise UserError(
+            f"data set {name!r} has {part} labels of shape {list(labels.shape)} and type "
+            f"{labels.dtype}; give one whole number for each example, from 0 to {classes - 1}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        raise UserError(
+            f"data set {name!r} has the {part} label {bad}; with {classes} classes they go from 0 "
+            f"to {classes - 1}"
+        )
+    return labels.astype(np.int32, copy=False)
+
+
+def _require_moments(dataset: Any, train: np.ndarray) -> None:
+    for what in ("mean", "std"):
+        values = np.asarray(getattr(dataset, what), np.float64)
+        if values.ndim != 1 or len(values) not in (1, train.shape[-1]):
+            raise UserError(
+                f"data set {dataset.name!r} has a {what} of {values.size} number(s); give one, or "
+                f"one for each of the {train.shape[-1]} entries of the last axis"
+            )
+        if not np.isfinite(values).all() or (what == "std" and not (values > 0).all()):
+            allowed = "finite numbers above 0" if what == "std" else "finite numbers"
+            raise UserError(
+                f"data set {dataset.name!r} has the {what} {values.tolist()}; give {allowed}"
+            )
