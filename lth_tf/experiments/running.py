@@ -43,6 +43,7 @@ def run(
       UserError: see `Trainer`, `plan` and `scorers.one_shot_mask`; or the workdir belongs to
         another spec or process, cannot be written or holds a damaged file.
     """
+    _require(spec, dataset)
     recipe = RECIPES[spec.recipe]
     with opened(spec, workdir, dataset, progress, trunk, not score_only, blueprint) as lab:
         for replicate in range(spec.replicates):
@@ -88,7 +89,19 @@ def one_shot(spec: Spec, *arguments: Any, **options: Any) -> list[dict[str, Any]
     return _of("one_shot", spec, arguments, options)
 
 
+def _require(spec: Any, *dataset: Any) -> None:
+    """Raises UserError for what is no spec or no data set."""
+    if not isinstance(spec, Spec):
+        raise UserError(f"spec must be a lth_tf.Spec, not {type(spec).__name__}")
+    for each in dataset:
+        if not hasattr(each, "input_shape"):
+            raise UserError(
+                f"dataset must be what lth_tf.datasets.load returns, not {type(each).__name__}"
+            )
+
+
 def _of(recipe: str, spec: Spec, arguments: tuple, options: dict) -> list[dict[str, Any]]:
+    _require(spec)
     if RECIPES[spec.recipe] is not RECIPES[recipe]:
         raise UserError(f"the spec's recipe is {spec.recipe!r}, not {recipe!r}; use run(spec, ...)")
     return run(spec, *arguments, **options)
