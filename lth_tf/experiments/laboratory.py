@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import analysis, distribute, masks, models, storage
+from lth_tf import analysis, distribute, edge, masks, models, storage
 from lth_tf.analysis.summary import read_csv, write_csv
 from lth_tf.callbacks import Summaries
 from lth_tf.compat import os_errors
@@ -349,7 +349,7 @@ def opened(
       spec, workdir, dataset, trunk, trains, blueprint: see `Laboratory`.
       progress: given the plan, returns a `callbacks.progress.Progress`.
     """
-    work, spec = Path(workdir), distribute.resolve(spec)
+    work, spec = edge.folder(workdir), distribute.resolve(spec)
     strategy = distribute.strategy_of(spec)
     workers = distribute.workers_of(strategy)
     with distribute.lost(), contextlib.ExitStack() as stack:
@@ -361,7 +361,7 @@ def opened(
 
         workers.share(own)
         asked = stack.enter_context(checkpoints.terminations())
-        source = Path(trunk) if trunk else None
+        source = edge.folder(trunk) if trunk else None
         lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
         lab.write(lambda: write_spec(work, spec))
