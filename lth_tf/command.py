@@ -10,9 +10,8 @@ from typing import Any
 
 import rich.console
 
-from lth_tf import datasets, distribute, experiments, models, report
+from lth_tf import datasets, distribute, edge, experiments, models, report
 from lth_tf.callbacks.progress import Progress
-from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
 
@@ -43,10 +42,12 @@ def run(
     try:
         with distribute.lost():
             _run(console, spec, data_dir, workdir, plan_only, options, workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        if (said := edge.told(error)) is None:
+            raise
+        print(said[0], file=sys.stderr, flush=True)
         # TensorFlow would wait for the others at its exit, and they for this one.
-        os._exit(error.code)
+        os._exit(said[1])
 
 
 def _run(
@@ -58,6 +59,9 @@ def _run(
     options: dict[str, Any],
     workers: distribute.Workers | None = None,
 ) -> None:
+    work = None if workdir is None else edge.folder(workdir)
+    if options.get("trunk") is not None:
+        options = {**options, "trunk": edge.folder(options["trunk"])}
     if not plan_only:
         spec = distribute.resolve(spec)  # before anything is computed
 
@@ -76,7 +80,7 @@ def _run(
         console.print(part, highlight=False)
     if plan_only:
         return
-    work = Path(workdir or f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
+    work = work or Path(f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
     rows = experiments.run(
         spec, work, data, lambda p: Progress(console, p.steps), blueprint=blueprint, **options
     )

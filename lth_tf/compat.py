@@ -13,26 +13,57 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import IO
+
+_SHARED = "/dev/shm"
+
+
+def _beside() -> IO[bytes]:
+    """A file without a name; where the system can, in memory: a container may have no /tmp."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("stderr"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[None]:
+    """Within, Python has a temporary folder, without which TensorFlow cannot be imported.
+
+    A container that is read-only has none but the shared memory, which is taken from then on;
+    where there is not even that, whoever writes a temporary file fails then, and not now.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        shared = os.access(_SHARED, os.W_OK)
+        tempfile.tempdir = _SHARED if shared else os.devnull
+        yield
+        if not shared:
+            tempfile.tempdir = None
+    else:
+        yield
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Drops what TensorFlow's C++ logs to stderr, which no level keeps it from doing.
 
-    Someone who has set TF_CPP_MIN_LOG_LEVEL gets everything.
+    Someone who has set TF_CPP_MIN_LOG_LEVEL to 0 or 1, which is more than usual, gets everything.
     """
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+    asked = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
+    if asked in ("0", "1") or sys.stderr is None:  # closed by whoever started the process
         yield
         return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = asked or "2"
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
+    with _beside() as file:
         stderr = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
-            del os.environ["TF_CPP_MIN_LOG_LEVEL"]  # read by now, and not for child processes
+            if asked is None:  # read by now, and not for child processes
+                del os.environ["TF_CPP_MIN_LOG_LEVEL"]
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
@@ -42,8 +73,10 @@ def _quiet() -> Iterator[None]:
                     print(line, file=sys.stderr)
 
 
-with _quiet():
+with _quiet(), _temporary():
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    if os.path.expanduser("~") == "~":  # no home: Keras would make a folder of that name here
+        os.environ.setdefault("KERAS_HOME", os.path.join(tempfile.gettempdir(), "keras"))
     import tensorflow_model_optimization as tfmot  # isort: skip
     import tensorflow as tf  # isort: skip
     import tf_keras as keras  # isort: skip

@@ -118,6 +118,7 @@ def examine(workdir: str, dataset: str | None, data_dir: str | None) -> dict[str
         "packages": packages,
         "tf.keras": lambda: keras(settings["TF_USE_LEGACY_KERAS"]),
         "GPU": lambda: gpu(gpus),
+        "temporary files": temporary,
         "workdir": lambda: room(workdir),
         "data set": lambda: data_set(dataset, data_dir),
         "cache": cache_folder,
@@ -230,11 +231,11 @@ def data_sets(data_dir: str | None) -> dict[str, dict[str, Any]]:
             found[name] = {"version": "in the package", "folder": None, "cached": False}
             continue
         try:
-            folder = tfds.resolve(data_dir) / name
+            folder, stored = tfds.resolve(data_dir) / name, cache.folder()
         except UserError:
-            continue  # data_set() says so
+            continue  # data_set() or cache_folder() says so
         have = tfds.prepared(folder)
-        cached = any(cache.folder().glob(f"{name}-{have}-*.npz"))
+        cached = any(stored.glob(f"{name}-{have}-*.npz"))
         found[name] = {"version": have, "folder": str(folder), "cached": cached}
     return found
 
@@ -365,6 +366,16 @@ def room(workdir: str) -> list[Finding]:
     return [Finding("workdir", "ok", text)]
 
 
+def temporary() -> list[Finding]:
+    """No folder for temporary files, as in containers that are read-only."""
+    try:
+        text = f"{tempfile.gettempdir()!r} can be written"
+    except OSError as error:
+        fix = "export TMPDIR=FOLDER that can be written"
+        return [Finding("temporary files", "problem", error.strerror or str(error), fix)]
+    return [Finding("temporary files", "ok", text)]
+
+
 def data_set(name: str | None, data_dir: str | None) -> list[Finding]:
     """The wanted data set is absent, or the folder of data sets is not a folder."""
     from lth_tf import datasets
@@ -399,10 +410,14 @@ def cache_folder() -> list[Finding]:
     """A cache that cannot be written: each start decodes the data set again."""
     from lth_tf.datasets import cache
 
-    folder = cache.folder()
+    fix = "export LTH_TF_CACHE=FOLDER that can be written"
+    try:
+        folder = cache.folder()
+    except UserError as error:
+        return [Finding("cache", "warning", str(error), fix)]
     if why := refusal(folder):
         text = f"{str(folder)!r} cannot be written ({why}): each start decodes the data set again"
-        return [Finding("cache", "warning", text, "export LTH_TF_CACHE=FOLDER that can be written")]
+        return [Finding("cache", "warning", text, fix)]
     return [Finding("cache", "ok", f"{str(folder)!r} can be written")]
 
 

@@ -15,7 +15,7 @@ class UserError(ValueError):
     code = 1
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """Returns the kind of an error and the beginning of its first line."""
     text = re.sub(r"\{\{.*?\}\} *", "", str(error))  # names of nodes in TensorFlow's errors
     first = (text.strip().splitlines() or [""])[0]

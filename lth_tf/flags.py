@@ -7,18 +7,20 @@ import importlib.resources
 import itertools
 import os
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
+from lth_tf import edge
 from lth_tf.datasets import DATASETS
 from lth_tf.errors import UserError
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.models import INITS, MODELS
-from lth_tf.pruning import InvariantError
 from lth_tf.recipes import RECIPES
 from lth_tf.registry import Registry, nearest
 from lth_tf.schedules import LR_SCHEDULES
@@ -202,7 +204,9 @@ def spec_from_flags(recipe: str = "imp", values: flags.FlagValues = flags.FLAGS)
         given["density"] = tuple(_density(text) for text in values.compression)
     if "scorer" in given:
         given["scorer_options"] = _scorer_options(given["scorer"], values)
-    return Spec(recipe=recipe, **given)
+    spec = Spec(recipe=recipe, **given)
+    spec.require_effect()
+    return spec
 
 
 def recipe_of(words: Sequence[str]) -> str | None:
@@ -315,12 +319,13 @@ def _require_readable(path: str, through: tuple[str, ...]) -> None:
             _require_readable(os.path.expanduser(found[1].strip()), (*through, path))
 
 
-def run(main: Callable[..., Any], commands: tuple[str, ...] = ()) -> None:
+def run(main: Callable[..., Any], about: str, commands: tuple[str, ...] = ()) -> None:
     """Runs a tool: parses flags, calls main, and ends with one sentence where a user erred.
 
     Args:
       main: called with nothing, or with the command where there are any; returns the
         exit code or None.
+      about: what the tool is, for --help.
       commands: words of which the first one that is not a flag must be.
     """
 
@@ -331,19 +336,75 @@ def run(main: Callable[..., Any], commands: tuple[str, ...] = ()) -> None:
             raise UserError(f"{given}; there are: {', '.join(commands)}")
         if len(words) > bool(commands):
             raise UserError(f"unexpected {words[-1]!r}: everything is a flag (--name=value)")
+        edge.require_temporary()
         return main(*words) or 0
 
     logging.set_verbosity(logging.WARNING)
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        if module.startswith("lth_tf") or module == sys.argv[0]:
-            for flag in defined:  # --help shows those of argv[0] only
-                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    try:
+    with edge.outer():
+        if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"} & set(sys.argv[1:]):
+            print(help_of(about, commands))
+            return
         app.run(guarded, argv=expand(sys.argv))
-    except (UserError, InvariantError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 1))
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, run the same command again to go on",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(130)
+
+
+# Of each group those that are asked for most, first; whatever else there is follows these.
+_GROUPS = {
+    "experiment": ("preset", "seed", "replicates"),
+    "data": ("dataset", "data_dir", "validation_size", "augmentation", "normalization"),
+    "network": ("model", "width", "shortcut", "init"),
+    "pruning": (
+        "scorer", "density", "compression", "levels", "target_density", "prune_fraction",
+        "rewind_step", "scope",
+    ),
+    "training": ("train_steps", "batch_size", "optimizer", "learning_rate", "lr_schedule"),
+    "devices": (
+        "distribute", "devices", "workers", "precision", "compile", "sync_batch_norm",
+        "communication", "worker_timeout",
+    ),
+    "output": ("workdir", "plan"),
+}  # fmt: skip
+
+
+def _group(name: str) -> str:
+    """The group of _GROUPS that a flag belongs to."""
+    for group, names in _GROUPS.items():
+        if name in names:
+            return group
+    if name in fields_of(role="masks") or name in _scorer_flags():
+        return "pruning"
+    return "training" if name in fields_of(role="training") else "output"
+
+
+def help_of(
+    about: str, commands: Sequence[str] = (), values: flags.FlagValues = flags.FLAGS
+) -> str:
+    """Returns what --help prints: the flags of a tool by group, the main ones first.
+
+    Args:
+      about: what the tool is.
+      commands: its commands, if any.
+      values: where its flags are defined.
+    """
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    names = [
+        flag.name
+        for module, defined in values.flags_by_module_dict().items()
+        if module.startswith("lth_tf") or module == sys.argv[0]  # not those of what we import
+        for flag in defined
+    ]
+    word = f" {{{','.join(commands)}}}" if commands else ""
+    lines = [about, "", f"usage: {os.path.basename(sys.argv[0])}{word} --flag=value ..."]
+    for group, first in _GROUPS.items():
+        own = [n for n in first if n in names] + [
+            n for n in names if n not in first and _group(n) == group
+        ]
+        lines += ["", f"{group}:"] if own else []
+        for name in own:
+            flag = values[name]
+            default = (flag.default_as_str or "").strip("'")
+            default = f" (default: {default})" if default not in ("", "false") else ""
+            lines.append(f"  --{'[no]' * bool(flag.boolean)}{name}{default}")
+            lines += textwrap.wrap(
+                str(flag.help), width, initial_indent=6 * " ", subsequent_indent=6 * " "
+            )
+    return "\n".join([*lines, "", "--helpfull lists those of absl, too."])

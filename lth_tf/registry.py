@@ -84,14 +84,15 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Returns the entry; raises UserError naming what exists and the nearest."""
-        if name in self._entries:
+        known_type = isinstance(name, str)
+        if known_type and name in self._entries:
             return self._entries[name]
-        entry = self._resolve(name) if self._resolve else None
+        entry = self._resolve(name) if self._resolve and known_type else None
         if entry is None:
             known = self.choices
             raise UserError(
                 f"unknown {self.kind} {name!r}; there are: {', '.join(known)}."
-                f"{nearest(name, known)}"
+                f"{nearest(str(name), known)}"
             )
         return entry
 

@@ -26,10 +26,13 @@ addition to it). A density that keeps no weight at all is always an error.
 
 from __future__ import annotations
 
+import functools
+import numbers
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +44,53 @@ Density = float | Mapping[str, float]
 Scope = Callable[..., Mask]
 # What others need to know: whether all kernels compete in one ranking.
 SCOPES: Registry[Scope] = Registry("scope", pooled=False)
+
+
+def _given(scope: Scope) -> Scope:
+    """A scope that looks at its arguments first: what does not fit must not be broadcast."""
+
+    @functools.wraps(scope)
+    def checked(
+        scores: Scores,
+        density: Density,
+        within: Mask | None = None,
+        *,
+        min_per_layer: int | None = None,
+    ) -> Mask:
+        _require_arrays(scores, "scores")
+        if not isinstance(density, (Mapping, numbers.Real)):
+            raise UserError(
+                f"density must be a number or a dict of kernel name -> number, not {density!r}"
+            )
+        if min_per_layer is not None and not isinstance(min_per_layer, numbers.Integral):
+            raise UserError(f"min_per_layer must be a whole number or None, not {min_per_layer!r}")
+        if within is not None:
+            _require_arrays(within, "within")
+            if set(within) != set(scores):
+                raise UserError(
+                    f"within has the kernels {list(within)}, the scores have {list(scores)}"
+                )
+            for name, s in scores.items():
+                if np.shape(within[name]) != np.shape(s):
+                    raise UserError(
+                        f"within has shape {np.shape(within[name])} for {name!r}, the scores "
+                        f"have {np.shape(s)}"
+                    )
+        return scope(scores, density, within, min_per_layer=min_per_layer)
+
+    return checked
+
+
+def _require_arrays(given: Any, what: str) -> None:
+    """Raises UserError unless it is a dict of kernel name -> array of numbers."""
+    if not isinstance(given, Mapping):
+        hint = "; of a ticket give its .mask" if hasattr(given, "mask") else ""
+        raise UserError(
+            f"{what} must be a dict of kernel name -> array, not {type(given).__name__}{hint}"
+        )
+    for name, each in given.items():
+        if np.asarray(each).dtype.kind not in "biuf":
+            raise UserError(f"{what} of {name!r} must be an array of numbers")
 
 
 def count(density: float, n: int) -> int:
@@ -118,6 +168,8 @@ def _per_kernel(scores: Scores, density: Density) -> dict[str, float]:
             )
         if missing := [name for name in scores if name not in density]:
             raise UserError(f"no density given for the kernels {missing}; 1.0 protects a kernel")
+        if wrong := [n for n in scores if not isinstance(density[n], numbers.Real)]:
+            raise UserError(f"the density of {wrong[0]!r} must be a number")
         each = {name: float(density[name]) for name in scores}
     else:
         each = {name: float(density) for name in scores}
@@ -203,6 +255,7 @@ def _checked(mask: Mask, min_per_layer: int | None) -> Mask:
 
 
 @SCOPES.register("global", pooled=True)
+@_given
 def global_(
     scores: Scores,
     density: Density,
@@ -259,6 +312,7 @@ def global_(
 
 
 @SCOPES.register("layerwise")
+@_given
 def layerwise(
     scores: Scores,
     density: Density,
@@ -285,6 +339,7 @@ def layerwise(
 
 
 @SCOPES.register("uniform")
+@_given
 def uniform(
     scores: Scores,
     density: Density,
@@ -313,6 +368,7 @@ def uniform(
 
 
 @SCOPES.register("erk")
+@_given
 def erk(
     scores: Scores,
     density: Density,

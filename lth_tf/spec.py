@@ -388,6 +388,26 @@ class Spec:
         if self.workers and self.distribute != "multi_worker":
             raise UserError("workers needs --distribute=multi_worker")
 
+    def require_effect(self) -> None:
+        """Raises UserError for steps that a training never comes to, or not as they were meant.
+
+        Apart from the checks of every Spec, for files may hold such a one.
+        """
+        drops, end = list(self.lr_drops), self.train_steps
+        if drops != sorted(set(drops)):
+            raise UserError(f"lr_drops {drops} must rise, each step given once")
+        if drops and drops[-1] >= end:
+            late = [drop for drop in drops if drop >= end]
+            raise UserError(
+                f"lr_drops {late} lie behind the end of training; they must be below train_steps "
+                f"({end}): give other drops, or more steps"
+            )
+        if self.warmup_steps > end:
+            raise UserError(
+                f"warmup_steps {self.warmup_steps} lie behind the end of training, so that the "
+                f"learning rate would never be reached; give at most train_steps ({end})"
+            )
+
     def _require_scoring(self) -> None:
         """Raises UserError for options of another scorer, and for densities given twice."""
         for field in dataclasses.fields(self):
@@ -534,10 +554,15 @@ def _check(field: dataclasses.Field, value: Any) -> None:
             f"{nearest(value, list(choices))}"
         )
     each = value if isinstance(value, tuple) else (value,)
+    if wanted == "tuple[tuple[str, Any], ...]":
+        each = tuple(option for _, option in value)
     if any(isinstance(v, float) and not math.isfinite(v) for v in each):
         raise UserError(f"{field.name} must be a finite number, not {value}")
     if any(isinstance(v, int) and abs(v) >= 2**63 for v in each):
         raise UserError(f"{field.name} is out of range; it must be below 2**63")
+    largest = 63 if field.name == "seed" else 31  # bits: steps are counted in int32
+    if too_large := [v for v in each if type(v) is int and v >= 2**largest and "int" in wanted]:
+        raise UserError(f"{field.name} {too_large[0]} is too large; it must be below 2^{largest}")
     low, high = field.metadata.get("low"), field.metadata.get("high")
     for v in each:
         too_low = low is not None and (v <= low if field.metadata.get("open") else v < low)

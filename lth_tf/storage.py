@@ -122,19 +122,32 @@ def require_format(path: os.PathLike | str, found: Any) -> None:
 
 
 @contextlib.contextmanager
-def explained(path: os.PathLike | str) -> Iterator[None]:
-    """Turns a failure of the file system into a UserError that says what to do."""
+def explained(path: os.PathLike | str, flag: str = "--workdir") -> Iterator[None]:
+    """Turns a failure of the file system into a UserError that says what to do.
+
+    Args:
+      path: what is written.
+      flag: what the user is to choose another of; where it is not the workdir, it is said for
+        what is written within, too, which does not know it.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, UserError) as found:
+        inner = found.__cause__ if flag != "--workdir" else None
+        error = found if isinstance(found, OSError) else inner
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             advice = "the disk is full; free some space and run the same command again"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "it cannot be written; choose another --workdir"
+            advice = f"it cannot be written; choose another {flag}"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            advice = "a file is in the way of a folder, or a folder of a file; choose another name"
+            advice = (
+                "a file is in the way of a folder, or a folder of a file; choose another name "
+                f"for {flag}"
+            )
         else:
-            advice = "choose another --workdir"
+            advice = f"choose another {flag}"
         raise UserError(
             f"cannot write {os.fspath(path)!r} ({os.strerror(error.errno or 0)}): {advice}; what "
             "is finished is kept"

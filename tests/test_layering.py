@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A room is a module or a package of lth_tf; it knows rooms of the floors below, and no others.
 FLOORS = [
     {"compat", "errors", "masks"},
-    {"pruning", "registry", "storage"},
+    {"edge", "pruning", "registry", "storage"},
     {"schedules", "scopes", "tasks"},
     {"callbacks", "recipes"},
     {"spec"},
@@ -26,7 +26,9 @@ FLOORS = [
     {"tools"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-GROUND = {"errors", "masks", "recipes", "registry", "schedules", "scopes", "spec", "storage"}
+GROUND = {
+    "edge", "errors", "masks", "recipes", "registry", "schedules", "scopes", "spec", "storage",
+}  # fmt: skip
 HEAVY = {"tensorflow", "tf_keras", "keras", "tensorflow_model_optimization", "absl"}
 PACKAGE = sorted((ROOT / "lth_tf").rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import lth_tf.flags
 from lth_tf.analysis import read_summary
 from lth_tf.datasets import DATASETS
 from lth_tf.experiments import read_spec
+from lth_tf.spec import fields_of
 from lth_tf.tickets import load_ticket
 
 NETWORK = [
@@ -339,6 +341,27 @@ def test_help_lists_a_tools_flags():
     }  # fmt: skip
     for name, process in processes.items():
         assert flag[name] in process.communicate()[0]
+
+
+def test_help_has_groups_and_the_main_flags_first(monkeypatch, capsys):
+    for name in ("imp", "one_shot"):
+        code, out, _ = run(monkeypatch, capsys, "--help", name=name)
+        found = re.findall(r"^(\w+):$|^  --(?:\[no\])?(\w+)", out, re.MULTILINE)
+        titles = [title for title, _ in found if title]
+        assert code == 0 and titles == [
+            "experiment", "data", "network", "pruning", "training", "devices", "output"
+        ]  # fmt: skip
+        names = [flag for _, flag in found if flag]
+        fields = set(fields_of(name)) - {"recipe", "scorer_options"}
+        assert len(names) == len(set(names)) and fields <= set(names) <= fields | {
+            "preset", "compression", "workdir", "data_dir", "trunk", "plan", "score_only"
+        }  # fmt: skip
+        first = {title: flag for (title, _), (_, flag) in zip(found, found[1:], strict=False)}
+        assert [first[t] for t in titles] == [
+            "preset", "dataset", "model", "levels" if name == "imp" else "scorer",
+            "train_steps", "distribute", "workdir",
+        ]  # fmt: skip
+        assert max(map(len, out.splitlines())) <= 100
 
 
 def test_bench_measures(monkeypatch, capsys):

@@ -1,12 +1,15 @@
 """lth-bench: measured ratios; contenders alternate in one process, medians are reported."""
 
-import json
+from lth_tf import edge
 
-import rich.console
-from absl import flags
+with edge.importing():
+    import json
 
-import lth_tf.flags
-from lth_tf.bench import MEASUREMENTS, measure
+    import rich.console
+    from absl import flags
+
+    import lth_tf.flags
+    from lth_tf.bench import MEASUREMENTS, measure
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)
 lth_tf.flags.define_spec("imp", "one_shot")  # after --rounds, which is not the Spec's here
@@ -26,7 +29,7 @@ def main(command: str) -> None:
 
 def run() -> None:
     """Entry point of the console command."""
-    lth_tf.flags.run(main, commands=tuple(MEASUREMENTS))
+    lth_tf.flags.run(main, __doc__, commands=tuple(MEASUREMENTS))
 
 
 if __name__ == "__main__":

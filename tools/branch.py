@@ -1,15 +1,16 @@
 """lth-branch: controls run off the tickets of a workdir; tickets not trained yet are, too."""
 
-from __future__ import annotations
+from lth_tf import edge
 
-import dataclasses
-from pathlib import Path
+with edge.importing():
+    import dataclasses
 
-from absl import flags
+    from absl import flags
 
-import lth_tf.flags
-from lth_tf import command, experiments
-from lth_tf.experiments.branches import BRANCHES
+    import lth_tf.flags
+    from lth_tf import command, experiments
+    from lth_tf.errors import UserError
+    from lth_tf.experiments.branches import BRANCHES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.", required=True)
 BRANCH = flags.DEFINE_list(
@@ -22,7 +23,9 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($T
 
 def main() -> None:
     """Adds the branches to the workdir's controls and runs what is not there yet."""
-    spec = experiments.read_spec(Path(WORKDIR.value))
+    spec = experiments.read_spec(edge.folder(WORKDIR.value))
+    if not BRANCH.value:
+        raise UserError(f"--branch= names none; there are: {', '.join(BRANCHES)}")
     for name in BRANCH.value:
         BRANCHES[name]
     controls = tuple(dict.fromkeys([*spec.controls, *BRANCH.value]))
@@ -33,7 +36,7 @@ def main() -> None:
 
 def run() -> None:
     """Entry point of the console command."""
-    lth_tf.flags.run(main)
+    lth_tf.flags.run(main, __doc__)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lth_tf import doctor
+from lth_tf import doctor, edge
 
 try:
     from absl import app, flags
@@ -21,17 +21,19 @@ def main(argv: list[str]) -> int:
     """Examines and reports."""
     if argv[1:]:
         raise doctor.UserError(f"unexpected {argv[1]!r}: everything is a flag (--name=value)")
-    return doctor.report(WORKDIR.value, DATASET.value, DATA_DIR.value, JSON.value)
+    return doctor.report(str(edge.folder(WORKDIR.value)), DATASET.value, DATA_DIR.value, JSON.value)
 
 
 def run() -> None:
     """Entry point of the console command; not lth_tf.flags.run, which needs TensorFlow."""
     for flag in (WORKDIR, DATASET, DATA_DIR, JSON):  # --help shows those of argv[0] only
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    try:
-        app.run(main)
-    except (Exception, KeyboardInterrupt) as error:  # a traceback would be one more trouble
-        sys.exit(f"error: {str(error) or 'interrupted'}")
+    with edge.outer():
+        try:
+            app.run(main)
+        except Exception as error:  # a traceback would be one more trouble
+            known = edge.told(error) or (f"error: {error}", 1)
+            sys.exit(known[0])
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from absl import flags
+from lth_tf import edge
 
-import lth_tf.flags
-from lth_tf import command
-from lth_tf.recipes import RECIPES
+with edge.importing():
+    from absl import flags
+
+    import lth_tf.flags
+    from lth_tf import command
+    from lth_tf.recipes import RECIPES
 
 
 def experiment(recipe: str) -> Callable[[], None]:
@@ -31,4 +34,4 @@ def experiment(recipe: str) -> Callable[[], None]:
             options["score_only"] = flags.FLAGS.score_only
         command.run(spec, data_dir.value, workdir.value, **options)
 
-    return lambda: lth_tf.flags.run(main)
+    return lambda: lth_tf.flags.run(main, f"{record.tool}: masks from {record.help}.")

@@ -1,13 +1,13 @@
 """lth-export: a ticket's network as files that others can load."""
 
-from __future__ import annotations
+from lth_tf import edge
 
-from pathlib import Path
+with edge.importing():
+    from absl import flags
 
-from absl import flags
-
-import lth_tf.flags
-from lth_tf import datasets, exporters
+    import lth_tf.flags
+    from lth_tf import datasets, exporters
+    from lth_tf.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment.", required=True)
 REPLICATE = flags.DEFINE_integer("replicate", 0, "Which replicate.")
@@ -22,17 +22,21 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($T
 
 def main() -> None:
     """Finds, exports and weighs."""
-    folder = exporters.find(WORKDIR.value, REPLICATE.value, LEVEL.value, BRANCH.value)
-    target = Path(OUTPUT.value or folder / f"export_{FORMAT.value}_{WHAT.value}")
+    if BRANCH.value == "":
+        raise UserError("--branch= names none; give one, or leave it out for the level's ticket")
+    work = edge.folder(WORKDIR.value)
+    folder = exporters.find(work, REPLICATE.value, LEVEL.value, BRANCH.value)
+    own = folder / f"export_{FORMAT.value}_{WHAT.value}"
+    target = own if OUTPUT.value is None else edge.folder(OUTPUT.value)
     ticket, trained = exporters.read(folder, WHAT.value)
     data = datasets.load(ticket.spec.dataset, DATA_DIR.value)
     exporters.export(ticket, trained, data, target, FORMAT.value)
-    print(exporters.weighed(target, ticket, WORKDIR.value))
+    print(exporters.weighed(target, ticket, work))
 
 
 def run() -> None:
     """Entry point of the console command."""
-    lth_tf.flags.run(main)
+    lth_tf.flags.run(main, __doc__)
 
 
 if __name__ == "__main__":

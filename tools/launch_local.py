@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from absl import app, flags
 
+from lth_tf import edge
 from lth_tf.distribute import launch
 from lth_tf.errors import UserError
 
@@ -21,15 +23,15 @@ def run() -> None:
     def main(argv: list[str]) -> int:
         if argv[1:]:
             raise UserError(f"unexpected {argv[1]!r} before --: there are --workers and --grace")
+        if math.isnan(GRACE.value):
+            raise UserError("--grace=nan is no number of seconds; give 0 or more")
         return launch.local(command, WORKERS.value, GRACE.value)
 
     for flag in (WORKERS, GRACE):  # --help shows those of argv[0] only
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    try:
+    with edge.outer():
         own, command = launch.split(sys.argv)
         app.run(main, argv=own)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """lth-sweep: a grid of experiments, N at a time or as tasks of an array, with one index."""
 
-from __future__ import annotations
+from lth_tf import edge
 
-import functools
-import sys
-from pathlib import Path
+with edge.importing():
+    import functools
+    import sys
 
-import rich
-from absl import flags
+    import rich
+    from absl import flags
 
-import lth_tf.flags
-from lth_tf import sweeps
-from lth_tf.report.tables import sweep_table
+    import lth_tf.flags
+    from lth_tf import sweeps
+    from lth_tf.report.tables import sweep_table
 
 PRESETS = flags.DEFINE_list("presets", None, "comma-separated: presets, or paths of flag files.")
 SEEDS = flags.DEFINE_list("seeds", None, "comma-separated: values of --seed.")
@@ -27,7 +27,7 @@ PLAN = flags.DEFINE_bool("plan", False, "Print the grid, and stop.")
 def main(passed: list[str]) -> int:
     """Plans and runs."""
     grid = sweeps.grid(PRESETS.value, SEEDS.value, DENSITIES.value, SCORERS.value, passed)
-    shard, workdir = sweeps.shard_of(SHARD.value), Path(WORKDIR.value)
+    shard, workdir = sweeps.shard_of(SHARD.value), edge.folder(WORKDIR.value)
     if not PLAN.value:
         return sweeps.sweep(grid, workdir, jobs=JOBS.value, shard=shard, data_dir=DATA_DIR.value)
     rich.print(sweep_table(sweeps.plan_rows(grid, workdir, shard), grid.saved))
@@ -38,7 +38,7 @@ def run() -> None:
     """Entry point of the console command; what is after -- goes to every run."""
     at = [*sys.argv, "--"].index("--")
     passed, sys.argv = sys.argv[at + 1 :], sys.argv[:at]
-    lth_tf.flags.run(functools.partial(main, passed))
+    lth_tf.flags.run(functools.partial(main, passed), __doc__)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,28 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from lth_tf import storage
+from lth_tf import edge, storage
+from lth_tf.errors import UserError
 
 # The CRC-32s of the archive are those of its members, not of their names.
 _CHECKSUM = "sha256"
 
 
 def folder() -> pathlib.Path:
-    """Returns where the cache is; the folder need not exist."""
+    """Returns where the cache is; the folder need not exist.
+
+    Raises:
+      UserError: it would lie in a home folder, and there is none.
+    """
     if given := os.environ.get("LTH_TF_CACHE"):
-        return pathlib.Path(given).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lth_tf"
+        return edge.folder(given)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    if base.startswith("~") and os.path.expanduser(base) == base:
+        raise UserError(
+            "there is no home folder that the cache of decoded data could lie in; set HOME, or "
+            "LTH_TF_CACHE to a folder"
+        )
+    return edge.folder(base) / "lth_tf"
 
 
 def read(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray] | None:

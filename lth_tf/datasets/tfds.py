@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from absl import logging
 
-from lth_tf import storage
+from lth_tf import edge, storage
 from lth_tf.datasets import cache
 from lth_tf.datasets.stream import Shard
 from lth_tf.errors import UserError, brief
@@ -65,11 +65,15 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
 
 
 def resolve(data_dir: str | None) -> pathlib.Path:
-    """Returns `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Returns `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises:
+      UserError: that is no folder of this machine.
+    """
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in given:
         raise UserError(f"data_dir {given!r} is not a local folder; copy the data to one")
-    return pathlib.Path(given).expanduser()
+    return edge.folder(given)
 
 
 def prepared(folder: pathlib.Path) -> str | None:

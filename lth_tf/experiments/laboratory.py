@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import analysis, distribute, masks, models, pruning, storage
+from lth_tf import analysis, distribute, edge, masks, models, pruning, storage
 from lth_tf.analysis import summary
 from lth_tf.callbacks import Summaries, summaries
 from lth_tf.compat import os_errors
@@ -379,7 +379,7 @@ def opened(
       spec, workdir, dataset, trunk, trains, blueprint: see `Laboratory`.
       progress: given the plan, returns a `callbacks.progress.Progress`.
     """
-    work, spec = Path(workdir), distribute.resolve(spec)
+    work, spec = edge.folder(workdir), distribute.resolve(spec)
     strategy = distribute.strategy_of(spec)
     workers = distribute.workers_of(strategy)
     with distribute.lost(), contextlib.ExitStack() as stack:
@@ -395,7 +395,7 @@ def opened(
             require_own(work, spec)
             return {}, strange
 
-        source = Path(trunk) if trunk else None
+        source = edge.folder(trunk) if trunk else None
         _, strange = workers.share(own)
         asked = stack.enter_context(checkpoints.terminations())
         lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)

@@ -53,9 +53,10 @@ def plan(
       blueprint: of the network, where others look at it, too.
 
     Raises:
-      UserError: a density that cannot be reached, control levels that do not exist, or a
-        control that such tickets cannot have.
+      UserError: steps that are never come to, a density that cannot be reached, control
+        levels that do not exist, or a control that such tickets cannot have.
     """
+    spec.require_effect()
     recipe = RECIPES[spec.recipe]
     model = (blueprint or models.Blueprint(spec, input_shape, classes)).plain
     shapes = {name: tuple(v.shape) for name, v in pruning.kernels(model).items()}

@@ -43,6 +43,7 @@ def run(
       UserError: see `Trainer`, `plan` and `scorers.one_shot_mask`; or the workdir belongs to
         another spec or process, cannot be written or holds a damaged file.
     """
+    _require(spec, dataset)
     recipe = RECIPES[spec.recipe]
     with opened(spec, workdir, dataset, progress, trunk, not score_only, blueprint) as lab:
         for replicate in range(spec.replicates):
@@ -73,7 +74,7 @@ def imp(
     Raises:
       UserError: a spec of another recipe; or as `run`.
     """
-    _require(spec, "imp")
+    _require_recipe(spec, "imp")
     return run(spec, workdir, dataset, progress, trunk=trunk)
 
 
@@ -101,10 +102,22 @@ def one_shot(
     Raises:
       UserError: a spec of another recipe; or as `run`.
     """
-    _require(spec, "one_shot")
+    _require_recipe(spec, "one_shot")
     return run(spec, workdir, dataset, progress, score_only=score_only, trunk=trunk)
 
 
-def _require(spec: Spec, recipe: str) -> None:
+def _require(spec: Any, *dataset: Any) -> None:
+    """Raises UserError for what is no spec or no data set."""
+    if not isinstance(spec, Spec):
+        raise UserError(f"spec must be a lth_tf.Spec, not {type(spec).__name__}")
+    for each in dataset:
+        if not hasattr(each, "input_shape"):
+            raise UserError(
+                f"dataset must be what lth_tf.datasets.load returns, not {type(each).__name__}"
+            )
+
+
+def _require_recipe(spec: Spec, recipe: str) -> None:
+    _require(spec)
     if RECIPES[spec.recipe] is not RECIPES[recipe]:
         raise UserError(f"the spec's recipe is {spec.recipe!r}, not {recipe!r}; use run(spec, ...)")

@@ -157,7 +157,7 @@ def _compare(found: np.ndarray, expected: Any) -> None:
 def _renamed(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside `folder`; renames it at the end, removes it on any failure."""
     unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    with storage.explained(folder):
+    with storage.explained(folder, "--output"):
         unfinished.mkdir(parents=True)
         try:
             yield unfinished

@@ -171,7 +171,7 @@ def _lenet(units: list[int]) -> Builder:
 def _family(name: str) -> Builder | None:
     """Any 'lenet_A_B_...': hidden layers of A, B, ... units."""
     if re.fullmatch(r"lenet(_[1-9]\d*)+", name):
-        return _lenet([int(n) for n in name.split("_")[1:]])
+        return _lenet([parts.countable(int(n)) for n in name.split("_")[1:]])
     return None
 
 

@@ -153,8 +153,15 @@ def require_images(model: str, input_shape: tuple[int, ...], smallest: int = 1) 
 
 
 def scaled(channels: int, width: float) -> int:
-    """Returns width x channels as a whole number, at least 1."""
-    return max(1, round(width * channels))
+    """Returns width x channels as a whole number, at least 1; raises UserError as `countable`."""
+    return countable(max(1, round(width * channels)))
+
+
+def countable(units: int) -> int:
+    """Returns the number of units of a layer; raises UserError where TensorFlow cannot count it."""
+    if units >= 2**31:
+        raise UserError(f"a layer of {units} units is too large; it must have fewer than 2^31")
+    return units
 
 
 _SYNCHRONIZED: contextvars.ContextVar[bool] = contextvars.ContextVar("synchronized", default=False)

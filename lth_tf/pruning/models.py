@@ -227,13 +227,13 @@ def get_mask(model: Any) -> Mask:
     return {w.name: (w.masks[0].numpy() != 0).astype(np.uint8) for w in _masked(model)}
 
 
-def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
+def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
     """Puts a mask in force: sets it, and zeroes the pruned weights and their slots.
 
     Args:
       model: a pruned model.
       mask: kernel name -> array of the kernel's shape with values 0 and 1, for every
-        kernel of the model.
+        kernel of the model; or a ticket, whose mask it is (its weights are `Rewind`'s to set).
       optimizer: whose slots to zero (default: the one the model is compiled with).
         They need not exist yet, unless they start at other values than 0 (Adagrad):
         then they are created.
@@ -242,7 +242,7 @@ def set_mask(model: Any, mask: Mask, optimizer: Any = None) -> None:
       UserError: the model is not pruned, the names, shapes or values do not fit, or
         the optimizer's state does not survive masking.
     """
-    found = _masked(model)
+    found, mask = _masked(model), getattr(mask, "mask", mask)
     fit(mask, {w.name: tuple(w.variable.shape) for w in found}, "mask")
     for name, m in mask.items():
         if not np.isin(m, (0, 1)).all():
@@ -280,15 +280,22 @@ def fit(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: s
     Raises:
       UserError: a name is missing or unknown, or a shape another; says which.
     """
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"a {what} is a dict of kernel name -> array, not {type(given).__name__}"
+        )
     if missing := [n for n in shapes if n not in given]:
         raise UserError(f"the {what} lacks {missing}; the model has {list(shapes)}")
     if extra := [n for n in given if n not in shapes]:
         raise UserError(f"the {what} has {extra}, which the model has not: it has {list(shapes)}")
     for name, shape in shapes.items():
-        if tuple(np.shape(given[name])) != tuple(shape):
+        try:
+            found = tuple(np.shape(given[name]))
+        except ValueError as error:  # of lists of different lengths
+            raise UserError(f"the {what} of {name!r} is no array ({error})") from error
+        if found != tuple(shape):
             raise UserError(
-                f"the {what} of {name!r} has shape {tuple(np.shape(given[name]))}, "
-                f"the model's is {tuple(shape)}"
+                f"the {what} of {name!r} has shape {found}, the model's is {tuple(shape)}"
             )
 
 
@@ -314,6 +321,8 @@ def check(model: Any, optimizer: Any = None) -> None:
 
 
 def _masked(model: Any) -> list[Weight]:
+    if not isinstance(model, keras.layers.Layer):
+        raise UserError(f"lth_tf takes a tf_keras model, not {type(model).__name__}")
     found = [w for w in named(model) if w.masks]
     if not found:
         raise UserError(f"model {model.name!r} is not pruned; call prune(model) first")

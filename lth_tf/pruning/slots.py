@@ -17,7 +17,18 @@ from lth_tf.pruning.names import kernels
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """Returns the optimizer inside a LossScaleOptimizer, or the optimizer itself."""
+    """Returns the optimizer inside a LossScaleOptimizer, or the optimizer itself.
+
+    Raises:
+      UserError: it is no optimizer of tf_keras.
+    """
+    known = keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer
+    if not isinstance(optimizer, known):
+        kind = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise UserError(
+            f"{kind} is no optimizer of tf_keras; give an object such as keras.optimizers.Adam() "
+            "with tf_keras as keras"
+        )
     scaled = isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer)
     return optimizer.inner_optimizer if scaled else optimizer
 

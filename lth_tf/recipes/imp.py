@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lth_tf import schedules
@@ -38,6 +38,7 @@ def levels(
             f"nothing would be left of {', '.join(empty)} at the last level, which would cut "
             "the network; ask for fewer levels or a higher density"
         )
+    _require_removal(spec, densities, sizes, kinds)
     return Levels(densities, rates)
 
 
@@ -51,6 +52,45 @@ def _rates(spec: Any, kinds: Mapping[str, str]) -> dict[str, float]:
     if spec.levels and not any(rates.values()):
         raise UserError("nothing would ever be pruned: every prune fraction is 0")
     return rates
+
+
+def _require_removal(
+    spec: Any,
+    densities: Sequence[Mapping[str, float]],
+    sizes: Mapping[str, int],
+    kinds: Mapping[str, str],
+) -> None:
+    """Raises UserError where a level, or a prune fraction in all of them, removes no weight.
+
+    Args:
+      spec: the experiment.
+      densities: for each level, kernel name -> density.
+      sizes: kernel name -> number of weights.
+      kinds: kernel name -> 'conv', 'dense' or 'output'.
+    """
+    own = spec.scope == "layerwise"  # each kernel has a budget of its own
+    counts = [
+        {n: count(d, sizes[n]) for n, d in each.items()} if own
+        else {"all": count(sum(d * sizes[n] for n, d in each.items()), 1)}
+        for each in densities
+    ]  # fmt: skip
+    for level, (before, after) in enumerate(zip(counts, counts[1:], strict=False), 1):
+        if before == after:
+            what = "target_density" if spec.target_density is not None else "prune_fraction"
+            raise UserError(
+                f"level {level} would remove none of the {sum(before.values())} weights that are "
+                f"left; {what} {getattr(spec, what):g} is too small a step: give another, or "
+                "fewer levels"
+            )
+    for field, kind in (("prune_fraction_conv", "conv"), ("prune_fraction_output", "output")):
+        names = [n for n, k in kinds.items() if k == kind and densities[-1][n] < 1]
+        if getattr(spec, field) and names and own and all(
+            counts[-1][n] == sizes[n] for n in names
+        ):
+            raise UserError(
+                f"{field} {getattr(spec, field):g} removes no weight of {', '.join(names)} at any "
+                "level; give 0, or a larger one"
+            )
 
 
 def steps(lab: Any, replicate: int) -> None:

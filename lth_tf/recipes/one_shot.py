@@ -43,15 +43,26 @@ def densities(spec: Any, sizes: Mapping[str, int]) -> list[dict[str, float]]:
         share what is left.
 
     Raises:
-      UserError: a density keeps no weight, or fewer than the protected kernels have.
+      UserError: a density keeps all weights or none, as many as another, or fewer than the
+        protected kernels have.
     """
     whole = protected(spec.protect, sizes)
     total, fixed = sum(sizes.values()), sum(sizes[name] for name in whole)
     if fixed == total:
         raise UserError(f"protect {','.join(spec.protect)!r} leaves nothing that could be pruned")
     found = [dict.fromkeys(sizes, 1.0)]
+    given: dict[int, float] = {total: 1.0}
     for density in spec.density:
-        rest = count(density, total) - fixed
+        if (number := count(density, total)) in given:
+            other = given[number]
+            raise UserError(
+                f"density {density} removes none of the {total} weights; ask for less"
+                if number == total
+                else f"the densities {other} and {density} both keep {number} of {total} "
+                "weights; give one of them"
+            )
+        given[number] = density
+        rest = number - fixed
         if rest <= 0:
             what = f"the {fixed} of the protected kernels" if fixed else "nothing"
             raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -149,7 +150,7 @@ def one_shot_mask(
         now = initial if mask is None else masks.apply(mask, initial)
         scores = function(reused, now, parts, **options)
         if transform:
-            scores = {name: transform(s) for name, s in scores.items()}
+            scores = {name: _transformed(transform, s) for name, s in scores.items()}
         before, mask = mask, choose(scores, at, within=mask, min_per_layer=min_per_layer)
         if not said and (tie := ties(scores, at, mask, before, scope)):
             said = f"round {number} of {rounds}: {tie}" if rounds > 1 else tie
@@ -178,12 +179,26 @@ def ties(scores: Scores, at: Density, mask: Mask, before: Mask | None, scope: st
     return masks.said_of_ties(found, masks.kept({n: mask[n] for n in free}))
 
 
+def _transformed(transform: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
+    found = transform(array)
+    if np.shape(found) != array.shape:
+        raise UserError(
+            f"transform made shape {np.shape(found)} of scores of shape {array.shape}; it must "
+            "leave the shape as it is"
+        )
+    return found
+
+
 def _values(plain: Any) -> dict[str, np.ndarray]:
     return {name: v.numpy() for name, v in pruning.kernels(plain).items()}
 
 
 def _walked_again(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
     """What can be walked again and gives the same, shuffled or not; sequences are taken as such."""
+    if batches is not None and not isinstance(batches, Iterable):
+        raise UserError(
+            f"batches must be an iterable of (inputs, labels), not {type(batches).__name__}"
+        )
     return batches if batches is None or isinstance(batches, Sequence) else list(batches)
 
 
@@ -195,6 +210,9 @@ def _with_options(scorer: str, options: dict[str, Any]) -> Scorer:
             raise UserError(
                 f"scorer {scorer!r} has no option {name!r}; it has: {', '.join(known) or 'none'}"
             )
+        default, value = known[name].default, options[name]
+        if type(default) in (int, float) and not isinstance(value, numbers.Real):
+            raise UserError(f"{name} of scorer {scorer!r} must be a number, not {value!r}")
     if isinstance(options.get("loss"), str):
         options["loss"] = LOSSES[options["loss"]]
     return function

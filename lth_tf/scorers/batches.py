@@ -41,6 +41,8 @@ class Parts:
                     f"a batch is (inputs, labels), not {type(batch).__name__}; for a single one "
                     "give [(inputs, labels)]"
                 )
+            for each in tf.nest.flatten(batch):
+                _require_dense(each)
             if not np.ndim(batch[1]):
                 raise UserError("labels must have the shape [n]; is the tf.data set not batched?")
             self.sizes.append(len(batch[1]))
@@ -51,6 +53,20 @@ class Parts:
     def __iter__(self) -> Iterator[tuple[Any, Any, float]]:
         for (inputs, labels), size in zip(self.batches, self.sizes, strict=True):
             yield inputs, labels, 1 / size if self.summed else 1 / sum(self.sizes)
+
+
+def _require_dense(each: Any) -> None:
+    """Raises UserError for a part of a batch that is no array or dense tensor."""
+    kinds = {tf.RaggedTensor: "ragged", tf.SparseTensor: "sparse"}
+    for kind, word in kinds.items():
+        if isinstance(each, kind):
+            raise UserError(
+                f"a batch has a {word} tensor, and scores are taken on dense ones: convert it "
+                f"({'x.to_tensor()' if word == 'ragged' else 'tf.sparse.to_dense(x)'})"
+            )
+    if each is None or getattr(getattr(each, "dtype", None), "kind", "") == "O":
+        what = "None" if each is None else "an array of Python objects"
+        raise UserError(f"a batch has {what} where (inputs, labels) must be arrays of numbers")
 
 
 def labels_of(inputs: Any, labels: Any) -> np.ndarray:

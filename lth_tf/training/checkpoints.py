@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -143,10 +144,16 @@ def clear(folder: Path) -> None:
 
 
 class Asked:
-    """Says whether the process was asked to end, by SIGTERM, while it was patient."""
+    """Says whether the process was asked to end, by SIGTERM or Ctrl-C, while it was patient.
+
+    Attributes:
+      patient: whether it is.
+      number: of the first signal that came, or None.
+    """
 
     def __init__(self) -> None:
-        self._came = self._patient = False
+        self._came = self.patient = False
+        self.number: int | None = None
 
     def __call__(self) -> bool:
         """Whether it was."""
@@ -155,28 +162,77 @@ class Asked:
     @contextlib.contextmanager
     def patiently(self) -> Iterator[None]:
         """Within, the process is not ended at once, for there is a state to be saved."""
-        self._patient = True
+        self.patient = True
         try:
             yield
         finally:
-            self._patient = False
+            self.patient = False
 
-    def take(self, *_: Any) -> None:
-        """The handler of SIGTERM."""
-        self._came = True
-        if not self._patient:
+    def take(self, number: int, frame: Any = None) -> None:
+        """The handler of SIGTERM and SIGINT."""
+        self._came, self.number = True, self.number or number
+        if not self.patient:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             raise Interrupted("stopped by SIGTERM; what is finished is kept")
 
 
 @contextlib.contextmanager
 def terminations() -> Iterator[Asked]:
-    """Within, SIGTERM raises Interrupted; where something is done `patiently` it is only noted."""
+    """Within, SIGTERM and Ctrl-C are only noted where something is done `patiently`.
+
+    Elsewhere SIGTERM raises Interrupted, and Ctrl-C KeyboardInterrupt, as it does at the end of
+    what was done patiently. A second Ctrl-C ends the process at once.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C came; says what is kept.
+    """
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():  # where Python has no signals
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, asked.take)
+    mine = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored (nohup)
+        mine.append(signal.SIGINT)
+    before = {number: signal.signal(number, asked.take) for number in mine}
     try:
-        yield asked
+        with _second_ends(asked) if len(mine) > 1 else contextlib.nullcontext():
+            yield asked
+    except Interrupted as error:
+        if asked.number == signal.SIGINT:
+            raise KeyboardInterrupt(str(error)) from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _second_ends(asked: Asked) -> Iterator[None]:
+    """Within, a second SIGINT ends the process, also while TensorFlow computes.
+
+    Handlers in Python have to wait for that; a thread that is told of signals by a pipe has not.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        came = 0
+        while got := os.read(reader, 1):
+            came += got[0] == signal.SIGINT
+            if came == 1 and got[0] == signal.SIGINT and asked.patient:
+                os.write(2, b"interrupted: the state is being saved; again, and it ends at once\n")
+            if came > 1:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h")  # the cursor, which progress bars hide
+                os.write(2, b"ended at once; what is finished is kept\n")
+                os._exit(130)
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
