@@ -93,13 +93,27 @@ PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
 __all__ = [
     "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "all_digits",
-    "heartbeats", "is_keras_3", "keras", "os_errors", "tf", "tfmot",
+    "heartbeats", "inlined", "is_keras_3", "keras", "os_errors", "tf", "tfmot",
 ]  # fmt: skip
 
 
 def is_keras_3(thing: object) -> bool:
     """Says whether an object's class comes from Keras 3, which this package cannot prune."""
     return any(c.__module__.split(".")[0] == "keras" for c in type(thing).__mro__)
+
+
+@contextlib.contextmanager
+def inlined() -> Iterator[None]:
+    """Within, a tf.function that a layer calls is traced anew, with what the layer has now.
+
+    It would keep the tensors that it sees, and has kept the variables that it saw before.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 @contextlib.contextmanager

@@ -28,22 +28,35 @@ from __future__ import annotations
 
 import functools
 import numbers
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from decimal import ROUND_CEILING, Context, Decimal
-from fractions import Fraction
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lth_tf.budgets import (
+    Density,
+    bounds_of,
+    budgets_of,
+    count,
+    in_each,
+    none_empty,
+    per_kernel,
+    rank,
+    require_some,
+    shares_of,
+    too_few,
+    top_k,
+)
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask, Scores
 from lth_tf.registry import Registry
 
-Density = float | Mapping[str, float]
 Scope = Callable[..., Mask]
 # What others need to know: whether all kernels compete in one ranking.
 SCOPES: Registry[Scope] = Registry("scope", pooled=False)
+
+__all__ = ["SCOPES", "Density", "Scope", "count", "top_k"]
 
 
 def _given(scope: Scope) -> Scope:
@@ -93,167 +106,6 @@ def _require_arrays(given: Any, what: str) -> None:
             raise UserError(f"{what} of {name!r} must be an array of numbers")
 
 
-def count(density: float, n: int) -> int:
-    """Returns k, the number of weights that `density` keeps of n; halves round up.
-
-    >>> count(0.5, 5), count(0.2, 266_200)
-    (3, 53240)
-    """
-    return int(np.floor(density * n + 0.5))
-
-
-def top_k(scores: np.ndarray, k: int, eligible: np.ndarray | None = None) -> np.ndarray:
-    """Returns uint8 ones at the k highest scores, ties to the earlier index.
-
-    Args:
-      scores: float array of any shape.
-      k: how many entries to keep.
-      eligible: array of that shape, 0 where an entry must not be kept.
-
-    Raises:
-      UserError: a score is NaN or infinite, or fewer than k entries are eligible.
-
-    >>> top_k(np.array([1.0, 3.0, 3.0, 3.0]), 2)
-    array([0, 1, 1, 0], dtype=uint8)
-    """
-    return _rank([scores], k, [eligible])[0]
-
-
-def _rank(
-    scores: Sequence[np.ndarray], k: int, eligible: Sequence[np.ndarray | None]
-) -> list[np.ndarray]:
-    """`top_k` over several arrays that compete with each other."""
-    flat = [np.asarray(s).reshape(-1) for s in scores]
-    n = sum(s.size for s in flat)
-    if bad := n - sum(int(np.count_nonzero(np.isfinite(s))) for s in flat):
-        raise UserError(
-            f"{bad} of {n} scores are NaN or infinite; "
-            "no ranking is possible: look for a diverged training or an overflow in the scorer"
-        )
-    among = [None if e is None else np.reshape(e, -1) != 0 for e in eligible]
-    pairs = list(zip(flat, among, strict=True))
-    # For entries picked at random compress takes a quarter of the time of s[e].
-    values = np.concatenate([s if e is None else np.compress(e, s) for s, e in pairs])
-    _require_eligible(k, values.size, n)
-    if k == 0:
-        return [np.zeros(np.shape(s), np.uint8) for s in scores]
-    # Everything above the k-th value is in; what equals it is taken in order.
-    # A selection is ten times faster than the stable sort it stands for.
-    values.partition(values.size - k)
-    kth = values[values.size - k]
-    out = [s > kth if e is None else (s > kth) & e for s, e in pairs]
-    left = k - sum(int(np.count_nonzero(chosen)) for chosen in out)
-    for chosen, (s, e) in zip(out, pairs, strict=True):
-        if left == 0:
-            break
-        ties = np.flatnonzero(s == kth if e is None else (s == kth) & e)[:left]
-        chosen[ties] = True
-        left -= ties.size
-    return [c.view(np.uint8).reshape(np.shape(s)) for c, s in zip(out, scores, strict=True)]
-
-
-def _each(scores: Scores, budgets: Mapping[str, int], within: Mask | None) -> Mask:
-    return {
-        name: top_k(s, budgets[name], None if within is None else within[name])
-        for name, s in scores.items()
-    }
-
-
-def _per_kernel(scores: Scores, density: Density) -> dict[str, float]:
-    """Spells out a density for every kernel, checked."""
-    if isinstance(density, Mapping):
-        if unknown := sorted(set(density) - set(scores)):
-            raise UserError(
-                f"density given for unknown kernels {unknown}; the kernels are {list(scores)}"
-            )
-        if missing := [name for name in scores if name not in density]:
-            raise UserError(f"no density given for the kernels {missing}; 1.0 protects a kernel")
-        if wrong := [n for n in scores if not isinstance(density[n], numbers.Real)]:
-            raise UserError(f"the density of {wrong[0]!r} must be a number")
-        each = {name: float(density[name]) for name in scores}
-    else:
-        each = {name: float(density) for name in scores}
-    for name, d in each.items():
-        if not 0 < d <= 1:
-            raise UserError(
-                f"density {d} (kernel {name!r}) is out of range; it is the fraction of weights "
-                "kept, above 0 and at most 1"
-            )
-    return each
-
-
-def _bounds(
-    scores: Scores, within: Mask | None, min_per_layer: int | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns the fewest and the most weights that each kernel can keep."""
-    guard = min_per_layer or 0
-    if guard < 0:
-        raise UserError(f"min_per_layer {guard} is out of range; it is a number of weights, >= 0")
-    most = {
-        name: np.size(s) if within is None else int(np.count_nonzero(within[name]))
-        for name, s in scores.items()
-    }
-    return {name: min(guard, n) for name, n in most.items()}, most
-
-
-def _budgets(
-    scores: Scores, density: Density, within: Mask | None, min_per_layer: int | None
-) -> tuple[int, dict[str, int], dict[str, int], Mask]:
-    """Returns what the unprotected kernels share, and the mask of the protected ones.
-
-    The former is their budget, and the fewest and the most of each kernel.
-    """
-    each = _per_kernel(scores, density)
-    sizes = {name: np.size(s) for name, s in scores.items()}
-    # Exact, then rounded once: else k would depend on how the weights are divided into
-    # kernels (0.35 * 1 + 0.35 * 3 + 0.35 * 6 is below 0.35 * 10), and might rise while the
-    # densities fall.
-    k = count(float(sum((Fraction(d) * sizes[n] for n, d in each.items()), Fraction())), 1)
-    _require_some(k, scores)
-    least, most = _bounds(scores, within, min_per_layer)
-    whole = _each({n: s for n, s in scores.items() if each[n] == 1}, sizes, within)
-    for name in whole:
-        k -= sizes.pop(name)
-        del least[name], most[name]
-    _require_eligible(k, sum(most.values()), sum(sizes.values()))
-    return k, least, most, whole
-
-
-def _require_some(k: int, scores: Scores) -> None:
-    if k == 0:
-        n = sum(np.size(s) for s in scores.values())
-        raise UserError(f"none of the {n} weights would be kept; ask for a higher density")
-
-
-def _require_eligible(k: int, eligible: int, n: int) -> None:
-    if k > eligible:
-        raise UserError(
-            f"cannot keep {k} weights: only {eligible} of {n} are eligible; "
-            "a mask is never grown by pruning, so ask for a lower density"
-        )
-
-
-def _too_few(k: int, takers: str, need: int, n: int) -> UserError:
-    # Rounded up: the number shown, typed in, must work.
-    smallest = Context(prec=4, rounding=ROUND_CEILING).divide(Decimal(need), Decimal(n))
-    return UserError(
-        f"{k} weights are too few for {takers}; the smallest density possible is {smallest:f} "
-        f"({need} of {n} unprotected weights)"
-    )
-
-
-def _checked(mask: Mask, min_per_layer: int | None) -> Mask:
-    """A kernel that lost everything cuts the network: never in silence."""
-    empty = [name for name, m in mask.items() if not m.any()]
-    if empty and min_per_layer is None:
-        raise UserError(
-            f"nothing would be left of {', '.join(empty)}: the network would be cut; ask for a "
-            "higher density, use a scope that keeps a share of every kernel, or set min_per_layer "
-            "(m: every kernel keeps m weights, 0: kernels may become empty)"
-        )
-    return mask
-
-
 @SCOPES.register("global", pooled=True)
 @_given
 def global_(
@@ -291,24 +143,24 @@ def global_(
     >>> global_(scores, 0.5, min_per_layer=1)
     {'a': array([0, 1], dtype=uint8), 'b': array([0, 0, 1, 1], dtype=uint8)}
     """
-    k, least, most, mask = _budgets(scores, density, within, min_per_layer)
+    k, least, most, mask = budgets_of(scores, density, within, min_per_layer)
     names = list(most)
     ranked = [scores[name] for name in names]
     eligible = [None if within is None else within[name] for name in names]
     if k < (guarded := sum(least.values())):
         n = sum(np.size(s) for s in ranked)
-        raise _too_few(k, f"min_per_layer {min_per_layer}", guarded, n)
-    chosen = _rank(ranked, k, eligible) if names else []
+        raise too_few(k, f"min_per_layer {min_per_layer}", guarded, n)
+    chosen = rank(ranked, k, eligible) if names else []
     if any(np.count_nonzero(c) < least[n] for n, c in zip(names, chosen, strict=True)):
         first = [top_k(s, least[n], e) for n, s, e in zip(names, ranked, eligible, strict=True)]
         others = [
             f == 0 if e is None else (f == 0) & (e != 0)
             for f, e in zip(first, eligible, strict=True)
         ]
-        rest = _rank(ranked, k - guarded, others)
+        rest = rank(ranked, k - guarded, others)
         chosen = [f | r for f, r in zip(first, rest, strict=True)]
     mask |= dict(zip(names, chosen, strict=True))
-    return _checked({name: mask[name] for name in scores}, min_per_layer)
+    return none_empty({name: mask[name] for name in scores}, min_per_layer)
 
 
 @SCOPES.register("layerwise")
@@ -331,11 +183,11 @@ def layerwise(
     >>> layerwise({"a": np.array([1.0, 5.0]), "b": np.array([2.0, 3.0])}, 0.5)
     {'a': array([0, 1], dtype=uint8), 'b': array([0, 1], dtype=uint8)}
     """
-    counts = {n: count(d, np.size(scores[n])) for n, d in _per_kernel(scores, density).items()}
-    _require_some(sum(counts.values()), scores)
-    least, _ = _bounds(scores, within, min_per_layer)
+    counts = {n: count(d, np.size(scores[n])) for n, d in per_kernel(scores, density).items()}
+    require_some(sum(counts.values()), scores)
+    least, _ = bounds_of(scores, within, min_per_layer)
     budgets = {name: max(k, least[name]) for name, k in counts.items()}
-    return _checked(_each(scores, budgets, within), min_per_layer)
+    return none_empty(in_each(scores, budgets, within), min_per_layer)
 
 
 @SCOPES.register("uniform")
@@ -405,7 +257,7 @@ def _spread(
     dense: str | None = None,
 ) -> Mask:
     """Budgets in proportion to `weight`, but `dense` stays whole; a ranking in each kernel."""
-    k, least, most, mask = _budgets(scores, density, within, min_per_layer)
+    k, least, most, mask = budgets_of(scores, density, within, min_per_layer)
     takers = [f"min_per_layer {min_per_layer}"] if min_per_layer else []
     if dense in most:
         least[dense] = most[dense]
@@ -414,42 +266,8 @@ def _spread(
         if min_per_layer is None:  # with which no share may be empty either
             possible = range(need, sum(most.values()))
             need += bisect_left(
-                possible, True, key=lambda k: all(_shares(k, weight, least, most).values())
+                possible, True, key=lambda k: all(shares_of(k, weight, least, most).values())
             )
-        raise _too_few(k, " and ".join(takers), need, sum(np.size(scores[n]) for n in most))
-    mask |= _each({n: scores[n] for n in most}, _shares(k, weight, least, most), within)
-    return _checked({name: mask[name] for name in scores}, min_per_layer)
-
-
-def _shares(
-    k: int, weight: Mapping[str, int], least: Mapping[str, int], most: Mapping[str, int]
-) -> dict[str, int]:
-    """Divides k in proportion to `weight`, each share between its bounds.
-
-    Share l is t * weight_l, clipped to its bounds, with the t for which all add up to k. They
-    are rounded down; the largest remainders, the earlier first, get what is left.
-    Fractions, since a float sum could miss k.
-
-    >>> _shares(9, {"a": 9, "b": 2, "c": 2}, {"a": 0, "b": 0, "c": 0}, {"a": 4, "b": 9, "c": 9})
-    {'a': 4, 'b': 3, 'c': 2}
-    """
-
-    def clipped(t: Fraction) -> dict[str, Fraction]:
-        return {n: min(max(t * weight[n], Fraction(least[n])), Fraction(most[n])) for n in most}
-
-    def total(t: Fraction) -> Fraction:
-        return sum(clipped(t).values(), Fraction())
-
-    # Between two of these points the sum is linear in t.
-    points = sorted(
-        {Fraction(0), *(Fraction(b[n], weight[n]) for n in most for b in (least, most))}
-    )
-    t = points[bisect_right(points, Fraction(k), key=total) - 1]
-    if slope := sum(weight[n] for n in most if least[n] <= t * weight[n] < most[n]):
-        t += (k - total(t)) / slope
-    exact = clipped(t)
-    shares = {n: int(x) for n, x in exact.items()}
-    largest = sorted(exact, key=lambda n: shares[n] - exact[n])
-    for n in largest[: k - sum(shares.values())]:
-        shares[n] += 1
-    return shares
+        raise too_few(k, " and ".join(takers), need, sum(np.size(scores[n]) for n in most))
+    mask |= in_each({n: scores[n] for n in most}, shares_of(k, weight, least, most), within)
+    return none_empty({name: mask[name] for name in scores}, min_per_layer)

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A room is a module or a package of lth_tf; it knows rooms of the floors below, and no others.
 FLOORS = [
     {"compat", "errors", "masks"},
-    {"edge", "pruning", "registry", "storage"},
+    {"budgets", "edge", "pruning", "registry", "storage"},
     {"schedules", "scopes", "tasks"},
     {"callbacks", "recipes"},
     {"spec"},

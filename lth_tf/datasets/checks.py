@@ -20,7 +20,7 @@ def checked(dataset: Any) -> dict[str, np.ndarray]:
     """
     name, found = dataset.name, dict[str, np.ndarray]()
     for part in ("train", "test"):
-        inputs = _inputs(name, part, getattr(dataset, f"{part}_inputs"))
+        inputs = _array(name, part, getattr(dataset, f"{part}_inputs"))
         labels = np.asarray(getattr(dataset, f"{part}_labels"))
         if len(inputs) != len(labels if labels.ndim else labels[None]):
             raise UserError(
@@ -41,7 +41,7 @@ def checked(dataset: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def _inputs(name: str, part: str, given: Any) -> np.ndarray:
+def _array(name: str, part: str, given: Any) -> np.ndarray:
     inputs = np.asarray(given)
     if inputs.ndim < 2 or not inputs.size:
         raise UserError(

@@ -1,9 +1,9 @@
 """Experiments: recipes that go from level to level and resume, since a file that exists is done."""
 
 from lth_tf.experiments.branches import BRANCHES, branch
-from lth_tf.experiments.laboratory import Laboratory, opened
+from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.plans import Plan, plan
-from lth_tf.experiments.running import imp, one_shot, run
+from lth_tf.experiments.running import imp, one_shot, opened, run
 from lth_tf.experiments.workdirs import finished, read_spec, require_own, write_spec
 
 __all__ = [

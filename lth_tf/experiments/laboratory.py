@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import analysis, distribute, edge, masks, models, pruning, storage
+from lth_tf import analysis, distribute, masks, models, pruning, storage
 from lth_tf.analysis import summary
 from lth_tf.callbacks import Summaries, summaries
 from lth_tf.compat import os_errors
@@ -21,9 +20,8 @@ from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking, trunk
 from lth_tf.experiments.branches import branch
-from lth_tf.experiments.plans import Plan, plan
-from lth_tf.experiments.trunk import require as require_trunk
-from lth_tf.experiments.workdirs import read_training, require_own, write_spec
+from lth_tf.experiments.plans import plan
+from lth_tf.experiments.workdirs import read_training
 from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS, TiedScores, ties
@@ -31,7 +29,7 @@ from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, save_trained
 from lth_tf.training import Trained, Trainer, checkpoints
 
-_TRAINED = "trained.safetensors"
+TRAINED = "trained.safetensors"
 
 
 class Laboratory:
@@ -176,7 +174,7 @@ class Laboratory:
         """
         replicate, arm = ticket.origin["replicate"], ticket.origin["arm"]
         what = f"replicate {replicate} level {ticket.level} {arm}"
-        needed = ["metrics.csv", *(["rewind.safetensors"] if capture else []), _TRAINED]
+        needed = ["metrics.csv", *(["rewind.safetensors"] if capture else []), TRAINED]
         start = ticket.rewind_step
         stop = self.spec.train_steps if ticket.level == 0 else self.spec.retrain_span[1]
         weights, rows = self.workers.share(lambda: self._finished(folder, ticket, needed))
@@ -280,7 +278,7 @@ class Laboratory:
     def _save(self, folder: Path, ticket: Ticket, trained: Trained) -> None:
         metric = self.trainer.task.metric
         digest = summary.write_metrics(folder / "metrics.csv", metric, trained.rows)
-        save_trained(folder / _TRAINED, trained.weights, ticket, digest)
+        save_trained(folder / TRAINED, trained.weights, ticket, digest)
         checkpoints.clear(folder)
 
     def dense(self, replicate: int) -> Ticket:
@@ -361,61 +359,3 @@ class Laboratory:
             with distribute.scoring(self.trainer.strategy), self._told(str(here)):
                 control = self.ticket(here, branch, ticket, name, start, self.trainer.dataset)
             self.train(here, control)
-
-
-@contextlib.contextmanager
-def opened(
-    spec: Spec,
-    workdir: str | os.PathLike,
-    dataset: Dataset,
-    progress: Callable[[Plan], Any] | None,
-    trunk: str | os.PathLike | None = None,
-    trains: bool = True,
-    blueprint: models.Blueprint | None = None,
-) -> Iterator[Laboratory]:
-    """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint.
-
-    Args:
-      spec, workdir, dataset, trunk, trains, blueprint: see `Laboratory`.
-      progress: given the plan, returns a `callbacks.progress.Progress`.
-    """
-    work, spec = edge.folder(workdir), distribute.resolve(spec)
-    strategy = distribute.strategy_of(spec)
-    workers = distribute.workers_of(strategy)
-    with distribute.lost(), contextlib.ExitStack() as stack:
-
-        def own() -> tuple[dict, Any]:
-            # First of all, so that nothing is changed where one of these is refused.
-            if source and trains and _lacks_dense(spec, work):
-                require_trunk(source, spec, work)
-            strange = ""
-            if (work / "summary.csv").exists():
-                strange = summary.contradicting(work, summary.written(work))
-            stack.enter_context(storage.lock(work))
-            require_own(work, spec)
-            return {}, strange
-
-        source = edge.folder(trunk) if trunk else None
-        _, strange = workers.share(own)
-        asked = stack.enter_context(checkpoints.terminations())
-        lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
-        # Only now: what was refused so far must not be what the workdir asks for from now on.
-        lab.write(lambda: write_spec(work, spec))
-        if progress and workers.chief:
-            lab.progress = stack.enter_context(progress(lab.plan))
-            if (replicas := strategy.num_replicas_in_sync) > 1:
-                lab.progress.say(
-                    f"{replicas} replicas share each batch of {spec.batch_size}; XLA compiles "
-                    "nothing then"
-                )
-        if strange and trains:
-            lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
-        yield lab
-
-
-def _lacks_dense(spec: Spec, workdir: Path) -> bool:
-    """Whether a replicate's dense network is not trained yet."""
-    return not all(
-        (workdir / f"replicate_{replicate:02d}" / "level_00" / _TRAINED).exists()
-        for replicate in range(spec.replicates)
-    )

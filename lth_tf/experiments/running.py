@@ -2,17 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from lth_tf import distribute, edge, storage
+from lth_tf.analysis import summary
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
-from lth_tf.experiments.laboratory import opened
+from lth_tf.experiments.laboratory import TRAINED, Laboratory
 from lth_tf.experiments.plans import Plan
+from lth_tf.experiments.trunk import require as require_trunk
+from lth_tf.experiments.workdirs import require_own, write_spec
 from lth_tf.models import Blueprint
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec
+from lth_tf.training import checkpoints
+
+
+@contextlib.contextmanager
+def opened(
+    spec: Spec,
+    workdir: str | os.PathLike,
+    dataset: Dataset,
+    progress: Callable[[Plan], Any] | None,
+    trunk: str | os.PathLike | None = None,
+    trains: bool = True,
+    blueprint: Blueprint | None = None,
+) -> Iterator[Laboratory]:
+    """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint.
+
+    Args:
+      spec, workdir, dataset, trunk, trains, blueprint: see `Laboratory`.
+      progress: given the plan, returns a `callbacks.progress.Progress`.
+    """
+    work, spec = edge.folder(workdir), distribute.resolve(spec)
+    strategy = distribute.strategy_of(spec)
+    workers = distribute.workers_of(strategy)
+    with distribute.lost(), contextlib.ExitStack() as stack:
+
+        def own() -> tuple[dict, Any]:
+            # First of all, so that nothing is changed where one of these is refused.
+            if source and trains and _lacks_dense(spec, work):
+                require_trunk(source, spec, work)
+            strange = ""
+            if (work / "summary.csv").exists():
+                strange = summary.contradicting(work, summary.written(work))
+            stack.enter_context(storage.lock(work))
+            require_own(work, spec)
+            return {}, strange
+
+        source = edge.folder(trunk) if trunk else None
+        _, strange = workers.share(own)
+        asked = stack.enter_context(checkpoints.terminations())
+        lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
+        # Only now: what was refused so far must not be what the workdir asks for from now on.
+        lab.write(lambda: write_spec(work, spec))
+        if progress and workers.chief:
+            lab.progress = stack.enter_context(progress(lab.plan))
+            if (replicas := strategy.num_replicas_in_sync) > 1:
+                lab.progress.say(
+                    f"{replicas} replicas share each batch of {spec.batch_size}; XLA compiles "
+                    "nothing then"
+                )
+        if strange and trains:
+            lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
+        yield lab
+
+
+def _lacks_dense(spec: Spec, workdir: Path) -> bool:
+    """Whether a replicate's dense network is not trained yet."""
+    return not all(
+        (workdir / f"replicate_{replicate:02d}" / "level_00" / TRAINED).exists()
+        for replicate in range(spec.replicates)
+    )
 
 
 def run(

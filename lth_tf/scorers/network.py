@@ -8,14 +8,13 @@ where that is needed, and there is nothing to restore.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lth_tf import distribute, pruning
-from lth_tf.compat import all_digits, keras, tf
+from lth_tf.compat import all_digits, inlined, keras, tf
 from lth_tf.errors import UserError
 from lth_tf.pruning.inside import is_graph_network, layers_within
 from lth_tf.scorers import heads, inside, norms
@@ -150,7 +149,7 @@ class Network:
         values = dict(zip(self.kernels, kernels, strict=True))
         values |= {n: self._change(self._cast(v.read_value())) for n, v in self.others.items()}
         held = [(layer, attribute, values[name]) for layer, attribute, name in self._attributes]
-        with inside.replaced([*held, *self._fixed]), _inlined():
+        with inside.replaced([*held, *self._fixed]), inlined():
             return self.model(tf.nest.map_structure(self._cast, inputs), training=False)
 
     def gradient(
@@ -388,17 +387,3 @@ def passed_on(inputs: Any, training: Any = None, mask: Any = None) -> Any:
       training, mask: not looked at; Keras gives them to layers.
     """
     return inputs
-
-
-@contextlib.contextmanager
-def _inlined() -> Iterator[None]:
-    """Within, a tf.function that a layer calls is traced anew, with what the layer has now.
-
-    It would keep the tensors that it sees, and has kept the variables that it saw before.
-    """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
