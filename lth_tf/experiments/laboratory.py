@@ -22,7 +22,7 @@ from lth_tf.errors import UserError
 from lth_tf.experiments import picking, trunk
 from lth_tf.experiments.branches import branch
 from lth_tf.experiments.plans import Plan, plan
-from lth_tf.experiments.workdirs import require_own, write_spec
+from lth_tf.experiments.workdirs import note_threads, require_own, write_spec
 from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS, TiedScores, ties
@@ -378,6 +378,8 @@ def opened(
         source = Path(trunk) if trunk else None
         lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
+        said: list[str] = []
+        lab.write(lambda: said.append(note_threads(work)))
         lab.write(lambda: write_spec(work, spec))
         if progress and workers.chief:
             lab.progress = stack.enter_context(progress(lab.plan))
@@ -386,4 +388,6 @@ def opened(
                     f"{replicas} replicas share each batch of {spec.batch_size}; XLA compiles "
                     "nothing then"
                 )
+        for text in filter(None, said):
+            lab.say(text)
         yield lab
