@@ -19,6 +19,7 @@ from lth_tf import analysis, datasets, experiments, masks, models, pruning, scop
 from lth_tf.analysis.summary import columns, read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import imp, one_shot, plan, workdirs
+from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained
 from lth_tf.training import initial_weights
@@ -853,3 +854,20 @@ def test_the_threads_are_those_that_tensorflow_takes(monkeypatch):
         monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", asked)
         monkeypatch.setattr(threading, "get_intra_op_parallelism_threads", lambda told=told: told)
         assert workdirs.threads() == wanted
+
+
+# Cuts among equal scores.
+
+
+def test_a_cut_among_equal_scores_is_said_in_every_recipe(tmp_path, recwarn, monkeypatch):
+    def flat(model, kernels, batches=None):
+        return {name: np.zeros(np.shape(kernel), np.float32) for name, kernel in kernels.items()}
+
+    monkeypatch.setitem(SCORERS._entries, "magnitude", flat)
+    few = {"train_steps": 20, "eval_every": 20, "controls": (), "control_levels": ()}
+    imp(spec(**few, levels=1, scope="layerwise"), tmp_path / "imp", DIGITS)
+    one_shot(pick(**few, scorer="magnitude", density=(0.2,), scope="layerwise"),
+             tmp_path / "one_shot", DIGITS, score_only=True)  # fmt: skip
+    said = [str(w.message) for w in recwarn if "equal scores" in str(w.message)]
+    assert len(said) == 2 and all(text.startswith("level 1: the cut falls among ") for text in said)
+    assert "fc1/kernel (1,280)" in said[0] and "fc1/kernel (1,280)" in said[1]
