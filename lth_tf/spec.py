@@ -40,7 +40,7 @@ def _field(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One experiment. Equal specs and equal seeds give equal tickets on the same machine.
+    """One experiment. Equal specs and seeds give equal tickets on one machine with equal threads.
 
     Densities and fractions lie in 0 to 1; steps count optimizer steps.
 

@@ -18,7 +18,8 @@ import rich.console
 from lth_tf import analysis, datasets, experiments, masks, models, pruning, scopes, training
 from lth_tf.analysis.summary import columns, read_csv
 from lth_tf.errors import UserError
-from lth_tf.experiments import imp, one_shot, plan
+from lth_tf.experiments import imp, one_shot, plan, workdirs
+from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, load_trained
 from lth_tf.training import initial_weights
@@ -917,3 +918,62 @@ def test_a_run_builds_its_network_once(tmp_path, monkeypatch):
     own_only = {"controls": (), "control_levels": ()}  # a control draws its weights anew
     imp(spec(levels=2, train_steps=5, replicates=2, **own_only), tmp_path / "imp", DIGITS)
     assert len(built) == 4  # the second replicate's weights are drawn by building it
+
+
+# The threads that a workdir was begun with.
+
+
+def said_by(recwarn, workdir, **changes):
+    recwarn.clear()
+    imp(spec(train_steps=20, eval_every=20, controls=(), control_levels=(), **changes), workdir,
+        DIGITS)  # fmt: skip
+    return [str(w.message) for w in recwarn if "thread" in str(w.message)]
+
+
+def test_a_workdir_remembers_its_threads_and_says_when_there_are_others(tmp_path, recwarn):
+    assert said_by(recwarn, tmp_path, levels=0) == []
+    path, here = tmp_path / "threads.json", workdirs.threads()
+    assert json.loads(path.read_text()) == {"threads": here}
+    before = (tmp_path / "spec.json").read_bytes()
+    assert said_by(recwarn, tmp_path, levels=0) == []
+    path.write_text(json.dumps({"threads": here + 3}))
+    (said,) = said_by(recwarn, tmp_path, levels=1)
+    assert f"begun with {here + 3} thread(s) for each operation, and now there are {here}:" in said
+    assert f"TF_NUM_INTRAOP_THREADS={here + 3}" in said
+    assert json.loads(path.read_text()) == {"threads": here + 3}  # what it was begun with
+    assert "thread" not in (tmp_path / "spec.json").read_text() and b"thread" not in before
+    for damaged in ("", "[3]", '{"threads": "many"}', "[" * 100_000, '{"threads": 1e400}'):
+        path.write_text(damaged)
+        assert workdirs.note_threads(tmp_path) == ""
+    path.unlink()  # a workdir of before
+    assert said_by(recwarn, tmp_path, levels=1) == []
+    assert not path.exists()
+
+
+def test_the_threads_are_those_that_tensorflow_takes(monkeypatch):
+    threading = workdirs.tf.config.threading
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    for asked, told, wanted in (
+        ("", 0, len(os.sched_getaffinity(0))), ("5", 0, 5), ("many", 0, workdirs.threads()),
+        ("5", 3, 3),
+    ):  # fmt: skip
+        monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", asked)
+        monkeypatch.setattr(threading, "get_intra_op_parallelism_threads", lambda told=told: told)
+        assert workdirs.threads() == wanted
+
+
+# Cuts among equal scores.
+
+
+def test_a_cut_among_equal_scores_is_said_in_every_recipe(tmp_path, recwarn, monkeypatch):
+    def flat(model, kernels, batches=None):
+        return {name: np.zeros(np.shape(kernel), np.float32) for name, kernel in kernels.items()}
+
+    monkeypatch.setitem(SCORERS._entries, "magnitude", flat)
+    few = {"train_steps": 20, "eval_every": 20, "controls": (), "control_levels": ()}
+    imp(spec(**few, levels=1, scope="layerwise"), tmp_path / "imp", DIGITS)
+    one_shot(pick(**few, scorer="magnitude", density=(0.2,), scope="layerwise"),
+             tmp_path / "one_shot", DIGITS, score_only=True)  # fmt: skip
+    said = [str(w.message) for w in recwarn if "equal scores" in str(w.message)]
+    assert len(said) == 2 and all(text.startswith("level 1: the cut falls among ") for text in said)
+    assert "fc1/kernel (1,280)" in said[0] and "fc1/kernel (1,280)" in said[1]

@@ -15,7 +15,7 @@ from lth_tf.errors import UserError
 from lth_tf.experiments.laboratory import TRAINED, Laboratory
 from lth_tf.experiments.plans import Plan
 from lth_tf.experiments.trunk import require as require_trunk
-from lth_tf.experiments.workdirs import require_own, write_spec
+from lth_tf.experiments.workdirs import note_threads, require_own, write_spec
 from lth_tf.models import Blueprint
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec
@@ -59,6 +59,8 @@ def opened(
         asked = stack.enter_context(checkpoints.terminations())
         lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
         # Only now: what was refused so far must not be what the workdir asks for from now on.
+        said: list[str] = []
+        lab.write(lambda: said.append(note_threads(work)))
         lab.write(lambda: write_spec(work, spec))
         if progress and workers.chief:
             lab.progress = stack.enter_context(progress(lab.plan))
@@ -69,6 +71,8 @@ def opened(
                 )
         if strange and trains:
             lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
+        for text in filter(None, said):
+            lab.say(text)
         yield lab
 
 

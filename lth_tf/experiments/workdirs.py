@@ -1,8 +1,9 @@
-"""Workdirs: whose a folder is, and which trainings are finished in it."""
+"""Workdirs: whose a folder is, what it was begun with, and which trainings are finished in it."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from lth_tf import storage
 from lth_tf.analysis.summary import read_metrics
+from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
@@ -65,6 +67,46 @@ def read_spec(workdir: Path) -> Spec:
             return Spec.from_dict(values)
         except UserError as error:
             raise ValueError(error) from error
+
+
+def threads() -> int:
+    """Returns how many threads TensorFlow computes an operation with on this machine's CPUs."""
+    asked = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
+    schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return (
+        tf.config.threading.get_intra_op_parallelism_threads()
+        or (int(asked) if asked.isdecimal() else 0)
+        or len(schedulable(0))
+    )
+
+
+def note_threads(workdir: Path) -> str:
+    """Writes threads.json where nothing was computed yet; else says if there are others now.
+
+    It is no part of the experiment: its spec, digest and tickets know nothing of it. Of a
+    workdir without it nothing is known and nothing said.
+
+    Returns:
+      A sentence, or ''.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path, here = workdir / "threads.json", threads()
+    if not any(workdir.glob("replicate_*")):
+        storage.write(path, json.dumps({"threads": here}) + "\n")
+        return ""
+    try:
+        there = json.loads(path.read_text())["threads"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    if type(there) is not int or there == here:
+        return ""
+    return (
+        f"{str(workdir)!r} was begun with {there} thread(s) for each operation, and now there are "
+        f"{here}: convolutions add up in another order then, so that what is trained now need not "
+        f"be what it would have been bit for bit; for that set TF_NUM_INTRAOP_THREADS={there}"
+    )
 
 
 def finished(workdir: Path) -> Iterator[Path]:
