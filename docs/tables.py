@@ -37,7 +37,7 @@ FIRST_HOUR = [
         "`MaskedLayer`; `prune`, `set_mask`, the invariant",
     ),
     (["callbacks/rewind.py"], "the one door by which weights enter a model"),
-    (["tickets.py"], "mask + start weights, and the file"),
+    (["tickets/ticket.py"], "mask + start weights, and the file"),
     (["recipes/record.py", "recipes/imp.py", "recipes/one_shot.py"], "the recipes"),
 ]
 SECOND_HOUR = [
