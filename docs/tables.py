@@ -27,7 +27,10 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n\n).*?(<!-- end -->)", re.DOTALL)
 # What the docs say of the code.
 
 FIRST_HOUR = [
-    (["masks.py", "scopes.py"], "masks and scores as dicts of arrays; exact budgets"),
+    (
+        ["masks.py", "budgets.py", "scopes.py"],
+        "masks and scores as dicts of arrays; exact budgets",
+    ),
     (
         ["scorers/baselines.py", "scorers/snip.py", "scorers/grasp.py", "scorers/synflow.py"],
         "a formula each",
@@ -37,7 +40,7 @@ FIRST_HOUR = [
         "`MaskedLayer`; `prune`, `set_mask`, the invariant",
     ),
     (["callbacks/rewind.py"], "the one door by which weights enter a model"),
-    (["tickets.py"], "mask + start weights, and the file"),
+    (["tickets/ticket.py"], "mask + start weights, and the file"),
     (["recipes/record.py", "recipes/imp.py", "recipes/one_shot.py"], "the recipes"),
 ]
 SECOND_HOUR = [

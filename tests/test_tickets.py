@@ -145,7 +145,7 @@ def test_masks_take_a_bit_per_weight(ticket, path):
 
 
 def test_versions_of_what_is_not_installed(monkeypatch):
-    monkeypatch.setattr(tickets, "LIBRARIES", ("numpy", "no-such-library"))
+    monkeypatch.setattr("lth_tf.tickets.ticket.LIBRARIES", ("numpy", "no-such-library"))
     assert tickets.versions() == {"numpy": np.__version__, "no-such-library": "not installed"}
 
 

@@ -1,12 +1,7 @@
-"""Tickets: a mask and the weights to start from, in one file that says where it came from."""
+"""Tickets and trained weights read again: whether they are whole, and the ones that are meant."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import importlib.metadata
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,80 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import masks, pruning, storage
+from lth_tf import masks, storage
 from lth_tf.errors import UserError
-from lth_tf.masks import Mask
 from lth_tf.spec import Spec
-
-LIBRARIES = ("lth_tf", "tensorflow", "tf_keras", "tensorflow-model-optimization", "numpy")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ticket:
-    """A sparse network to be trained.
-
-    Attributes:
-      mask: kernel name -> uint8 array, 1 = kept.
-      weights: path -> array, every weight of the model, those of the mask's zeros 0.0.
-      level: how many prunings made it; 0 is the dense network.
-      rewind_step: the step of the schedule at which its training starts.
-      origin: where it comes from, JSON-ready: seed, replicate, arm ('ticket' or the
-        branch), input_shape, classes, and sha256 of the initial weights.
-      spec: the experiment.
-    """
-
-    mask: Mask
-    weights: dict[str, np.ndarray]
-    level: int
-    rewind_step: int
-    origin: Mapping[str, Any]
-    spec: Spec
-
-    @property
-    def density(self) -> float:
-        """The fraction of prunable weights kept, 0 to 1."""
-        return masks.density(self.mask)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """A sha256 of what is trained: mask, weights, where it starts and whose it is."""
-        arrays = {f"mask/{name}": m for name, m in self.mask.items()}
-        arrays |= {f"weights/{name}": w for name, w in self.weights.items()}
-        about = {**told(self.level, self.origin), "rewind_step": self.rewind_step}
-        text = json.dumps(about, sort_keys=True)
-        return hashlib.sha256(f"{storage.digest(arrays)} {text}".encode()).hexdigest()
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the ticket as one .safetensors file; equal tickets give equal bytes.
-
-        Raises:
-          InvariantError: a weight is not 0.0 where the mask is 0.
-          UserError: the file cannot be written.
-        """
-        self.verify()
-        packed = {f"mask/{name}": masks.pack(m) for name, m in self.mask.items()}
-        starts = {f"weights/{name}": w for name, w in self.weights.items()}
-        storage.write_tensors(
-            Path(path),
-            packed | starts,
-            {
-                "format": "ticket",
-                "kernels": list(self.mask),
-                "weights": list(self.weights),
-                "level": self.level,
-                "rewind_step": self.rewind_step,
-                "density": self.density,
-                "origin": dict(self.origin),
-                "spec": self.spec.as_dict(),
-                "versions": versions(),
-            },
-        )
-
-    def verify(self) -> None:
-        """Raises InvariantError unless every weight is 0.0 where the mask is 0."""
-        for name, m in self.mask.items():
-            if np.any(self.weights[name][m == 0] != 0):
-                raise pruning.InvariantError(f"the ticket's weights {name!r} exceed its mask")
+from lth_tf.tickets.ticket import Ticket, told
 
 
 def whose(folder: str | os.PathLike) -> dict[str, Any]:
@@ -106,11 +31,6 @@ def whose(folder: str | os.PathLike) -> dict[str, Any]:
     if not found:
         return {}
     return {"replicate": int(found[1]), "level": int(found[2]), "arm": found[3] or "ticket"}
-
-
-def told(level: Any, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a file says of whose it is, in the words of `whose`, and its seed."""
-    return {**{name: origin.get(name) for name in ("replicate", "arm", "seed")}, "level": level}
 
 
 def load_ticket(path: str | os.PathLike) -> Ticket:
@@ -262,14 +182,3 @@ def require_metrics(path: Path, metadata: Mapping[str, Any], metrics: str | None
             "beside it gave; put that one back, or delete this file and run the same command "
             "again: the training is done again"
         )
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the libraries that decide what a ticket is."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
