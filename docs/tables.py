@@ -27,10 +27,7 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n\n).*?(<!-- end -->)", re.DOTALL)
 # What the docs say of the code.
 
 FIRST_HOUR = [
-    (
-        ["masks.py", "budgets.py", "scopes.py"],
-        "masks and scores as dicts of arrays; exact budgets",
-    ),
+    (["masks.py", "scopes.py"], "masks and scores as dicts of arrays; who competes with whom"),
     (
         ["scorers/baselines.py", "scorers/snip.py", "scorers/grasp.py", "scorers/synflow.py"],
         "a formula each",
@@ -44,6 +41,7 @@ FIRST_HOUR = [
     (["recipes/record.py", "recipes/imp.py", "recipes/one_shot.py"], "the recipes"),
 ]
 SECOND_HOUR = [
+    (["budgets.py"], "exact numbers of weights, and which these are"),
     (["spec.py", "schedules.py"], "one experiment as a value; densities and rates over time"),
     (["scorers/network.py"], "a model as a function of its kernels, and what is differentiated"),
     (["training/feeds.py", "training/trainer.py"], "batches that need no replay; the loop"),

@@ -86,14 +86,15 @@ with _quiet(), _temporary():
     from tf_keras.src.engine.base_layer import AddLoss, AddMetric  # isort: skip
     from tf_keras.src.engine.functional import Functional  # isort: skip
     from tf_keras.src.mixed_precision.autocast_variable import AutoCastVariable  # isort: skip
+    from tf_keras.src.saving.legacy.saved_model.load import RevivedLayer  # isort: skip
 
     tf.config.list_physical_devices()  # looks for GPUs, and complains where there are none
 
 PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
 __all__ = [
-    "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "all_digits",
-    "heartbeats", "inlined", "is_keras_3", "keras", "os_errors", "tf", "tfmot",
+    "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "RevivedLayer",
+    "all_digits", "heartbeats", "inlined", "is_keras_3", "keras", "os_errors", "tf", "tfmot",
 ]  # fmt: skip
 
 

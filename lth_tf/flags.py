@@ -1,4 +1,7 @@
-"""Spec <-> absl flags, presets, and how the command-line tools start and fail."""
+"""Spec <-> absl flags, presets, and how the command-line tools start and fail.
+
+Longer than other files, for it is the only one that knows absl's flags.
+"""
 
 from __future__ import annotations
 

@@ -161,6 +161,56 @@ def test_pruning_automatic_name():
     assert pruning.automatic_name(made[-2]) == "model"
 
 
+def test_pruning_was_named():
+    for given in ({"name": "dense_2"}, {"name": "dense_2", "activation": "relu"}):
+        layer = layers.Dense(2, **given)
+        assert pruning.was_named(layer)
+        # Of a copy it is not known.
+        assert not pruning.was_named(layers.Dense.from_config(layer.get_config()))
+    assert not pruning.was_named(layers.Dense(2))
+    assert not pruning.was_named(keras.Sequential(name="x"))
+    holder = keras.Sequential([layers.LSTM(2), layers.Bidirectional(layers.GRU(2))])
+    assert not any(re.search(r"_\d+$", v.name) and pruning.was_named(v)
+                   for v in pruning.layers_within(holder))  # fmt: skip
+
+
+def test_pruning_is_revived(tmp_path):
+    class Forgotten(layers.Layer):
+        def call(self, x):
+            return x + 1.0
+
+    model = functional(Forgotten(name="forgotten"), layers.Dense(2, name="known"))
+    assert not any(map(pruning.is_revived, pruning.layers_within(model)))
+    model.save(tmp_path / "m")
+    loaded = keras.models.load_model(tmp_path / "m")
+    found = {layer.name for layer in pruning.layers_within(loaded) if pruning.is_revived(layer)}
+    assert found == {"forgotten"}
+
+
+@pytest.mark.parametrize("often", ["epoch", 1])
+def test_pruning_was_resumed(often, tmp_path):
+    class Look(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            found.append(pruning.was_resumed(self.model))
+
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    found = []
+    for _ in range(2):
+        model = functional(dense(3, 2))
+        model.compile("sgd", "mse")
+        assert not pruning.was_resumed(model)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "b", save_freq=often)
+        with pytest.raises(KeyboardInterrupt):
+            x, y = np.ones((2, 3)), np.ones((2, 2))
+            model.fit(x, y, 1, 2, verbose=0, callbacks=[backup, Look()])
+    assert found == [False, True]
+    model.fit(x, y, 1, 2, verbose=0, callbacks=[backup])
+    assert not pruning.was_resumed(model)
+
+
 def test_pruning_set_untracked():
     layer, kernel = dense(3, 2), None
     for value in (tf.ones((3, 2)), layer.kernel):
@@ -293,6 +343,29 @@ def test_pruning_stored_dtype(bfloat16):
     assert pruning.stored_dtype(tf.Variable(1, dtype=tf.int64)) == tf.int64
 
 
+def test_pruning_parts(bfloat16):
+    alone = tf.Variable([1.0])
+    assert len(pruning.parts(alone)) == 1 and pruning.parts(alone)[0] is alone
+    with one_replica().scope():
+        kernel = dense(3, 2).kernel
+    assert pruning.casts_itself(kernel)
+    assert [type(part) for part in pruning.parts(kernel)] == [type(alone)]
+
+
+def test_pruning_constrain(bfloat16):
+    def twice(value):
+        return 2 * value
+
+    with one_replica().scope():
+        mirrored = dense(3, 2).kernel
+    for variable in (tf.Variable([1.0]), dense(3, 2).kernel, mirrored):
+        pruning.constrain(variable, twice)
+        assert variable.constraint is twice
+        assert all(part.constraint is twice for part in pruning.parts(variable))
+        pruning.constrain(variable, None)
+        assert variable.constraint is None
+
+
 # --- pruning.inside: optimizers --------------------------------------------------------
 
 
@@ -314,6 +387,54 @@ def test_pruning_slots():
         optimizer = optimizers.Adam(0.5)
         optimizer.build([mirrored])
     assert len(pruning.slots(optimizer, mirrored)) == 2
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pruning_optimizer_at_work(legacy):
+    family, found = optimizers.legacy if legacy else optimizers, []
+
+    def constraint(variable):
+        found.append(pruning.optimizer_at_work())
+        return variable + 1.0
+
+    kernel = tf.Variable([1.0, 2.0])
+    pruning.constrain(kernel, constraint)
+    inner = family.SGD(0.5)
+    for optimizer in (inner, keras.mixed_precision.LossScaleOptimizer(inner)):
+        optimizer.apply_gradients([(tf.constant([0.0, 2.0]), kernel)])
+
+    @tf.function
+    def step():
+        inner.apply_gradients([(tf.constant([0.0, 0.0]), kernel)])
+
+    step()
+    assert found and all(each is inner for each in found)
+    assert kernel.numpy()[0] == 4.0
+    constraint(kernel)
+    assert found[-1] is None
+
+
+def test_pruning_is_optimizer():
+    for optimizer in (optimizers.SGD(), optimizers.legacy.SGD()):
+        scaled = keras.mixed_precision.LossScaleOptimizer(optimizer)
+        assert pruning.is_optimizer(optimizer) and pruning.is_optimizer(scaled)
+    assert not pruning.is_optimizer(dense(3, 2))
+
+
+def test_pruning_is_built():
+    optimizer = optimizers.Adam(0.5)
+    assert not pruning.is_built(optimizer)
+    optimizer.build([tf.Variable(3.0)])
+    assert pruning.is_built(optimizer)
+
+
+def test_pruning_built_for():
+    kernel, bias, stranger = tf.Variable([1.0, 2.0]), tf.Variable(3.0), tf.Variable(4.0)
+    optimizer = optimizers.Adam(0.5)
+    assert pruning.built_for(optimizer, [kernel]) == []
+    optimizer.build([bias, kernel])
+    found = pruning.built_for(optimizer, [kernel, stranger, bias])
+    assert len(found) == 2 and found[0] is bias and found[1] is kernel
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -609,7 +730,10 @@ def test_what_looks_inside_is_found(code, names):
     assert [name for _, name in looks_inside(tree, defined(tree) | {"_known"})] == names
 
 
-ORDER = "inside", "masked", "names", "slots", "models", "__init__"
+ORDER = (
+    "inside", "slots", "walls", "hosts", "masked", "names", "selection", "rewrap", "models",
+    "__init__",
+)  # fmt: skip
 
 
 def test_modules_of_pruning_import_those_before_them():

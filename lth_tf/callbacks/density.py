@@ -15,11 +15,17 @@ class Density(keras.callbacks.Callback):
     before callbacks that write logs.
 
     Raises:
-      InvariantError: a pruned weight or optimizer slot is not zero.
+      InvariantError: a pruned weight or a slot of one of the model's optimizers is not
+        zero, or the mask is another than was set.
     """
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Takes the mask that the model has for the one in force, if none was set."""
+        pruning.note(self.model)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Checks and logs."""
-        pruning.check(self.model, self.model.optimizer)
+        for optimizer in pruning.optimizers_of(self.model) or [None]:
+            pruning.check(self.model, optimizer)
         if logs is not None:
             logs["density"] = masks.density(pruning.get_mask(self.model))

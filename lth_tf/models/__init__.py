@@ -139,13 +139,13 @@ class Blueprint:
         """Returns a pruned model for training, in the spec's precision.
 
         It is made of the layers of `plain` where these are of that precision and in no scope of
-        replicas.
+        replicas. Its kernels are read in their layers only, so they need no wall.
         """
         if self.spec.precision in ("float32", "float64") and not tf.distribute.has_strategy():
-            return pruning.prune(self.plain)
+            return pruning.prune(self.plain, wall=False)
         with policy(self.spec.precision):
             return pruning.prune(
-                build(self.spec, self.input_shape, self.classes, self.spec.seed)
+                build(self.spec, self.input_shape, self.classes, self.spec.seed), wall=False
             )
 
 

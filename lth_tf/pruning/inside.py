@@ -11,11 +11,20 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
 
-from lth_tf.compat import AddLoss, AddMetric, AutoCastVariable, Functional, keras, tf
+from lth_tf.compat import (
+    AddLoss,
+    AddMetric,
+    AutoCastVariable,
+    Functional,
+    RevivedLayer,
+    keras,
+    tf,
+)
 
 # --- Layers and models -----------------------------------------------------------------
 
@@ -61,6 +70,37 @@ def automatic_name(layer: Any) -> str:
     kind = "Model" if type(layer) is Functional else type(layer).__name__
     snake = re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)).lower()
     return f"private{snake}" if snake.startswith("_") else snake
+
+
+def was_named(layer: Any) -> bool:
+    """Says whether whoever made a layer named it, as far as Keras remembers.
+
+    It remembers arguments of simple types. A configuration, as of a file or a copy, has names
+    that Keras made up, too; it is known by telling also what nobody tells. Models in files have
+    their names only, so of models it does not say.
+    """
+    if isinstance(layer, keras.Model):
+        return False
+    if vars(layer).get("_named"):
+        return True
+    if not layer._auto_get_config:
+        return False
+    given = layer._auto_config.config
+    return given.get("name") is not None and not {"trainable", "dtype"} <= given.keys()
+
+
+def is_revived(layer: Any) -> bool:
+    """Says whether a layer was read from a SavedModel as traced functions, without its class."""
+    return isinstance(layer, RevivedLayer)
+
+
+def was_resumed(model: Any) -> bool:
+    """Says whether BackupAndRestore has put a state in force, at the beginning of `fit`."""
+    state = vars(model).get("_training_state")  # gone after a training, else None
+    if state is None:
+        return False
+    unused = state.CKPT_SAVED_EPOCH_UNUSED_VALUE
+    return any(int(v) != unused for v in (state._ckpt_saved_epoch, state._ckpt_saved_batch))
 
 
 def set_untracked(owner: Any, attribute: str, value: Any) -> None:
@@ -131,6 +171,23 @@ def stored_dtype(variable: Any) -> Any:
     return variable.true_dtype if casts_itself(variable) else variable.dtype
 
 
+def parts(variable: Any) -> list[Any]:
+    """Returns the variables of the replicas that a variable is made of, or itself."""
+    inner = variable._variable if casts_itself(variable) else variable
+    return list(inner.values) if isinstance(inner, tf.distribute.DistributedValues) else [inner]
+
+
+def constrain(variable: Any, constraint: Any) -> None:
+    """Has optimizers apply a function, or none, to a variable after each update.
+
+    Args:
+      variable: of one replica or of several.
+      constraint: variable -> its new value, or None.
+    """
+    for part in parts(variable):
+        part._constraint = constraint
+
+
 # --- Optimizers ------------------------------------------------------------------------
 
 
@@ -146,6 +203,38 @@ def slots(optimizer: Any, variable: Any) -> list[Any]:
     lists = [v for v in vars(optimizer).values() if isinstance(v, list) and len(v) == len(indices)]
     index = indices.get(optimizer._var_key(variable))
     return [] if index is None else [entries[index] for entries in lists]
+
+
+def is_optimizer(value: Any) -> bool:
+    """Says whether a value is an optimizer, of whatever kind."""
+    return isinstance(value, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer))
+
+
+def optimizer_at_work() -> Any:
+    """Returns the optimizer that is just applying a variable's constraint, or None.
+
+    A constraint is told the variable only; who applies it is found among the callers.
+    """
+    frame = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            break
+        if is_optimizer(optimizer := frame.f_locals.get("self")):
+            return optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def built_for(optimizer: Any, variables: Iterable[Any]) -> list[Any]:
+    """Returns those variables that an optimizer (not a legacy one) was built for, in its order."""
+    indices = getattr(optimizer, "_index_dict", {})
+    found = {indices[key]: v for v in variables if (key := optimizer._var_key(v)) in indices}
+    return [found[i] for i in sorted(found)]
+
+
+def is_built(optimizer: Any) -> bool:
+    """Says whether an optimizer (not a legacy one) knows which variables it trains."""
+    return hasattr(optimizer, "_index_dict")
 
 
 def build_optimizer(optimizer: Any, variables: list[Any]) -> None:

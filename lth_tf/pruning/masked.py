@@ -12,9 +12,19 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from lth_tf.compat import PruneLowMagnitude, keras, tf
 from lth_tf.errors import UserError
-from lth_tf.pruning import inside
+from lth_tf.pruning import inside, walls
+from lth_tf.pruning.hosts import choice_of, choose, hosts_of
+
+
+class InvariantError(RuntimeError):
+    """A weight or optimizer slot is not zero where the mask is, or another mask is in force."""
+
+
+keras.saving.get_custom_objects().pop("lth_tf>MaskedLayer", None)  # what stood for it until now
 
 
 @keras.saving.register_keras_serializable(package="lth_tf")
@@ -28,13 +38,16 @@ class MaskedLayer(PruneLowMagnitude):
     Args:
       layer: any layer; all kernels that it or its sublayers hold are masked.
       masks: the kernels' shapes.
+      wall: whether to hold the kernels by constraints, too; see `walls`.
 
     Attributes:
       pruning_vars: list of (kernel, mask, threshold) variables; the mask has the
         kernel's shape and holds 0 or 1, the threshold is always 0.
     """
 
-    def __init__(self, layer: Any, masks: Sequence[Sequence[int]], **kwargs: Any):
+    def __init__(
+        self, layer: Any, masks: Sequence[Sequence[int]], wall: bool = True, **kwargs: Any
+    ):
         kwargs["name"] = f"masked_{layer.name}"
         kwargs.setdefault("dtype", layer.dtype_policy)
         # tfmot's own __init__ would refuse layers that it does not know.
@@ -45,6 +58,9 @@ class MaskedLayer(PruneLowMagnitude):
         inside.set_untracked(self, "_shapes", [tuple(shape) for shape in masks])
         inside.set_untracked(self, "pruning_vars", [])
         inside.set_untracked(self, "_hosts", [])
+        inside.set_untracked(self, "_wall", wall)
+        inside.set_untracked(self, "_noted", None)
+        inside.set_untracked(self, "_chosen", None)
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the layer where that is still to be done, and the mask variables."""
@@ -77,12 +93,46 @@ class MaskedLayer(PruneLowMagnitude):
 
     def _join(self) -> None:
         """Joins the masks with their kernels, if the kernels exist."""
+        choose(self.layer, self._chosen)
         hosts = hosts_of(self.layer)
         kernels = list({id(kernel): kernel for _, _, kernel in hosts}.values())
         if [tuple(kernel.shape) for kernel in kernels] == self._shapes:
             self.pruning_vars += [(k, *m) for k, m in zip(kernels, self._masks, strict=True)]
             masks = {id(kernel): mask for kernel, mask, _ in self.pruning_vars}
             self._hosts += [(*host, masks[id(host[-1])]) for host in hosts]
+            self.put_up_walls()
+
+    def put_up_walls(self) -> None:
+        """Has optimizers put mask x kernel back after each update, unless that was not wanted."""
+        for kernel, mask, _ in self.pruning_vars if self._wall else ():
+            walls.put_up(kernel, mask)
+
+    def note(self) -> None:
+        """Remembers the masks where what Keras saves and restores does not reach them."""
+        noted = [np.packbits(mask.numpy() != 0) for _, mask, _ in self.pruning_vars]
+        inside.set_untracked(self, "_noted", noted)
+
+    @property
+    def noted(self) -> bool:
+        """Whether a mask was put in force."""
+        return self._noted is not None
+
+    def require_noted(self) -> None:
+        """Raises InvariantError if the masks are not those that were put in force."""
+        if self._noted is None:
+            return
+        for (kernel, mask, _), noted in zip(self.pruning_vars, self._noted, strict=True):
+            now = mask.numpy() != 0
+            if not np.array_equal(np.packbits(now), noted):
+                was = int(np.unpackbits(noted).sum())
+                raise InvariantError(
+                    f"the mask of {kernel.name} is not the one that set_mask put in force: it "
+                    f"keeps {int(now.sum())} of {now.size} weights instead of {was}; old masks "
+                    "come back with old weights (set_weights, load_weights, callbacks that "
+                    "restore): go back to weights under a mask with Rewind(weights, mask), keep "
+                    "the best of the last density with callbacks.Best, or accept the mask that "
+                    "the model has with set_mask(model, get_mask(model))"
+                )
 
     @contextlib.contextmanager
     def _masked(self) -> Iterator[None]:
@@ -113,8 +163,17 @@ class MaskedLayer(PruneLowMagnitude):
             self.layer.call(*args, **kwargs)
             self._join()
         _mask_regularizers(self._hosts)
-        with self._masked():
-            outputs = self.layer.call(*args, **kwargs)
+        try:
+            with self._masked():
+                outputs = self.layer.call(*args, **kwargs)
+        except AttributeError as error:
+            if "no attribute 'assign" not in str(error):
+                raise
+            raise UserError(
+                f"layer {self.layer.name!r} writes to its kernel in its call, past the mask (a "
+                "weight normalisation?), so it cannot be pruned; compute the value that the call "
+                "uses without an assign, or leave the layer out of what is pruned (select=)"
+            ) from error
         inside.add_activity_loss(self.layer, outputs)
         return outputs
 
@@ -136,10 +195,21 @@ class MaskedLayer(PruneLowMagnitude):
         for kernel, mask, _ in self.pruning_vars:
             kernel.assign(select(mask, kernel))
 
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the masks, if they are those that were put in force."""
+        self.require_noted()
+        super().save_own_variables(store)
+
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration; the masks are variables and saved as such."""
+        self.require_noted()
         config = super(PruneLowMagnitude, self).get_config()
-        return {**config, "masks": [list(shape) for shape in self._shapes]}
+        config["masks"] = [list(shape) for shape in self._shapes]
+        if inside.was_named(self.layer):
+            config["named"] = True
+        if chosen := choice_of(self.layer):
+            config["chosen"] = chosen
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> MaskedLayer:
@@ -148,47 +218,18 @@ class MaskedLayer(PruneLowMagnitude):
         # From h5 and SavedModel Keras looks for registered classes under this key.
         layer["class_name"] = layer.get("registered_name") or layer["class_name"]
         layer = keras.layers.deserialize(layer, custom_objects)
-        return cls(**{**config, "layer": layer})
+        rest = {k: v for k, v in config.items() if k not in ("named", "chosen", "layer")}
+        if config.get("named"):
+            inside.set_untracked(layer, "_named", True)
+        masked = cls(layer, **rest)
+        inside.set_untracked(masked, "_chosen", config.get("chosen"))
+        return masked
 
 
 def select(mask: Any, kernel: Any) -> Any:
     """Returns mask x kernel; by a selection, because a product keeps NaN and -0.0."""
     value = kernel.read_value()
     return tf.where(mask != 0, value, tf.zeros([], value.dtype))
-
-
-def hosts_of(layer: Any) -> list[tuple[Any, str, Any]]:
-    """Returns (owner, attribute, variable) of all kernels that a layer and its sublayers hold.
-
-    Not those that a model holds itself: models are not wrapped, their layers are.
-    """
-    owners = [
-        x for x in inside.layers_within(layer) if not isinstance(x, (keras.Model, MaskedLayer))
-    ]
-    choosy = [x for x in owners if hasattr(x, "get_prunable_weights")]
-    named = {id(v): (x, v) for x in choosy for v in x.get_prunable_weights()}
-    found = [
-        (owner, attribute, value)
-        for owner in owners
-        for attribute, value in vars(owner).items()
-        if isinstance(value, tf.Variable)
-        and (
-            id(value) in named
-            or (
-                not any(owner is x for x in choosy)
-                and attribute.endswith("kernel")
-                and value.trainable
-                and len(value.shape) >= 2
-            )
-        )
-    ]
-    for owner, variable in named.values():
-        if not any(variable is v for _, _, v in found):
-            raise UserError(
-                f"layer {owner.name!r} names {variable.name} in get_prunable_weights(), but no "
-                "layer has it as an attribute (self.w = self.add_weight(...)), as pruning needs"
-            )
-    return found
 
 
 _ELEMENTWISE = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
@@ -219,12 +260,14 @@ def _masked_loss(inner: functools.partial, mask: Any, kernel: Any) -> Any:
     return loss
 
 
-def wrap(layer: Any) -> Any:
-    """Returns a layer in a `MaskedLayer`, or itself where it holds no kernels."""
+def wrap(layer: Any, wall: bool = True) -> Any:
+    """Returns a layer in a `MaskedLayer`, or itself where it holds no kernels, or is one."""
+    if isinstance(layer, MaskedLayer):
+        return layer
     shapes = {id(kernel): kernel.shape for _, _, kernel in hosts_of(layer)}
     if not shapes:
         return layer
-    wrapped = MaskedLayer(layer, list(shapes.values()))
+    wrapped = MaskedLayer(layer, list(shapes.values()), wall)
     wrapped.build(None)
     return wrapped
 

@@ -11,8 +11,9 @@ The pruned model and the plain one share their layers: what one learns the other
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,20 +22,22 @@ from lth_tf import masks
 from lth_tf.compat import is_keras_3, keras, tf
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.pruning import inside
-from lth_tf.pruning.masked import MaskedLayer, select, unwrap, wrap
-from lth_tf.pruning.names import Weight, named, weights
-from lth_tf.pruning.slots import create_slots, probe, require_maskable, scope_of, slots_of
-
-
-class InvariantError(RuntimeError):
-    """A weight or optimizer slot is not zero where the mask is."""
-
+from lth_tf.pruning import inside, selection, walls
+from lth_tf.pruning.masked import InvariantError, MaskedLayer, select, unwrap, wrap
+from lth_tf.pruning.names import Weight, kernels, named, weights
+from lth_tf.pruning.rewrap import rewrap
+from lth_tf.pruning.slots import (
+    create_slots,
+    inner_optimizer,
+    probe,
+    require_maskable,
+    slots_for,
+)
 
 # --- Wrapping and unwrapping -----------------------------------------------------------
 
 
-def prune(model: Any) -> Any:
+def prune(model: Any, select: str | Sequence[str] | None = None, *, wall: bool = True) -> Any:
     """Returns the model with every prunable layer wrapped in a `MaskedLayer`, nothing pruned yet.
 
     Functional and Sequential models come back as a new model that shares all layers
@@ -42,18 +45,36 @@ def prune(model: Any) -> Any:
     and returned (of it Keras can save and load weights, into a pruned model of the same
     class, but not the whole). Compile the result before `fit`.
 
+    Layers that are masked already, as those of a pruned trunk under a new head, stay so.
+    Warns where most of the trained parameters are left out; `prunable` says of each why.
+
     Args:
       model: a built tf_keras model: functional, Sequential, nested or subclassed.
+      select: patterns ('*', '?') of names in `weights`: what to prune of the trained
+        weights of rank 2 or more, whatever their attributes are called. It is remembered
+        by the layers. Default: what was selected before, else see `kernels`.
+      wall: whether optimizers are to put mask x kernel and mask x slots back after each
+        update, so that kernels read past their layer (a tied layer, a closure) stay
+        masked, too.
 
     Raises:
       UserError: a Keras 3 model, no model at all, one that is not built, has nothing
-        prunable, is pruned already, or is made in a way in which masks would not hold.
+        prunable, is pruned already, shares kernels with another pruned model, or is made
+        in a way in which masks would not hold.
     """
     require_model(model)
+    if select is not None:
+        selection.choose(model, [select] if isinstance(select, str) else list(select))
     layers = inside.layers_within(model)
-    if is_pruned(model):
+    if is_pruned(model) and not any(w.kernel and not w.masks for w in named(model, every=True)):
         raise UserError(f"model {model.name!r} is pruned already; use set_mask to change its mask")
     for layer in layers:
+        if inside.is_revived(layer):
+            raise UserError(
+                f"layer {layer.name!r} was read from a SavedModel without its class, as functions "
+                "that go on with its kernels as they are; load it with its class "
+                "(custom_objects=, or keras.saving.register_keras_serializable)"
+            )
         if isinstance(layer.call, tf.types.experimental.PolymorphicFunction):
             raise UserError(
                 f"the call of {type(layer).__name__} {layer.name!r} is a @tf.function, which would "
@@ -64,7 +85,17 @@ def prune(model: Any) -> Any:
                 f"model {model.name!r} was given losses or metrics of symbolic tensors (add_loss, "
                 "add_metric), which Keras cannot copy; add them in the call of a layer"
             )
-    return _rewrap(model, wrap)[0]
+    taken = [w.name for w in named(model, every=True) if not w.masks and walls.wall_of(w.variable)]
+    if taken:
+        raise UserError(
+            f"{', '.join(taken)} of model {model.name!r} are masked by another pruned model of the "
+            "same layers, whose zeros they have: strip that one first, or prune a copy "
+            "(keras.models.clone_model, then set_weights)"
+        )
+    pruned = rewrap(model, functools.partial(wrap, wall=wall))[0]
+    if select is None:
+        selection.warn(pruned)
+    return pruned
 
 
 def require_model(model: Any) -> None:
@@ -88,12 +119,12 @@ def require_model(model: Any) -> None:
             f"model {model.name!r} is not built: the kernels of {', '.join(unbuilt)} do not exist "
             "yet; call it on a batch (or model.build(input_shape)) first"
         )
-    found = named(model)
+    found = named(model, every=True)
     if not any(w.kernel for w in found):
         raise UserError(
             f"model {model.name!r} has nothing to prune: none of its layers "
             f"({', '.join(type(layer).__name__ for layer in model.layers)}) has a kernel; a custom "
-            "layer can name its own in get_prunable_weights()"
+            "layer can name its own in get_prunable_weights(), or prune(model, select=...) by name"
         )
     known = {id(w.variable) for w in found}
     if strangers := [v.name for v in model.trainable_variables if id(v) not in known]:
@@ -111,14 +142,19 @@ def is_pruned(model: Any) -> bool:
 def strip(model: Any) -> Any:
     """Returns the plain model of a pruned one, its pruned weights exactly 0.0.
 
-    The inverse of `prune`: a subclassed model is changed in place. The layers remain
-    shared with the pruned model.
+    The inverse of `prune`: it returns the model that `prune` was given, where that is
+    still as it was; a subclassed model is changed in place. The layers remain shared with
+    the pruned model, but optimizers no longer hold their pruned weights at 0.0: to train
+    the pruned model on, call `set_mask` again.
 
     Raises:
-      InvariantError: a pruned weight is not zero.
+      InvariantError: a pruned weight is not zero, or another mask is in force than was set.
     """
     check(model)
-    return _rewrap(model, unwrap)[0]
+    held = [w.variable for w in named(model) if w.masks]
+    stripped = rewrap(model, unwrap)[0]
+    walls.take_down(held)
+    return stripped
 
 
 @contextlib.contextmanager
@@ -132,87 +168,16 @@ def plain(model: Any) -> Iterator[Any]:
         yield model
         return
     check(model)
-    stripped, put_back = _rewrap(model, unwrap)
+    stripped, put_back = rewrap(model, unwrap)
     try:
         yield stripped
     finally:
         put_back()
 
 
-def _rewrap(model: Any, swap: Callable[[Any], Any]) -> tuple[Any, Callable[[], None]]:
-    """Applies `swap` to every layer of a model, nested models included.
-
-    Returns:
-      The model, new or changed in place, and a function that undoes what was done in place.
-    """
-    done: dict[int, tuple[Any, Any]] = {}  # what is used twice is swapped once
-    before: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
-
-    def exchange(value: Any) -> Any:
-        if not _is_layer(value):
-            return value
-        if id(value) not in done:
-            new = exchange_all(value) if isinstance(value, keras.Model) else swap(value)
-            done[id(value)] = value, new  # the old one, too: its id must not be used again
-        return done[id(value)][1]
-
-    def exchange_all(model: Any) -> Any:
-        if isinstance(model, keras.Sequential) or inside.is_graph_network(model):
-            return _clone(model, exchange)
-        old = {
-            name: value
-            for name, value in vars(model).items()
-            if inside.is_tracked(model, value) and any(map(_is_layer, tf.nest.flatten(value)))
-        }
-        # What was traced with some layers must not be used with others.
-        traced = inside.traced_functions(model)
-        before.append((model, old, traced))
-        new = {name: tf.nest.map_structure(exchange, value) for name, value in old.items()}
-        _set_attributes(model, new, dict.fromkeys(traced))
-        return model
-
-    def put_back() -> None:
-        for model, old, traced in before:
-            _set_attributes(model, old, traced)
-
-    try:
-        with scope_of(model):
-            return exchange_all(model), put_back
-    except Exception:
-        put_back()
-        raise
-
-
-def _is_layer(value: Any) -> bool:
-    # Keras' metrics are layers, too.
-    return isinstance(value, keras.layers.Layer) and not isinstance(value, keras.metrics.Metric)
-
-
-def _set_attributes(model: Any, layers: dict[str, Any], traced: dict[str, Any]) -> None:
-    # All are deleted first and set in their old order, because weights come in this order.
-    for name in layers:
-        delattr(model, name)
-    for name, value in (layers | traced).items():
-        setattr(model, name, value)
-
-
-def _clone(model: Any, exchange: Callable[[Any], Any]) -> Any:
-    """A functional or Sequential model of exchanged layers."""
-
-    def clone(layer: Any) -> Any:
-        if isinstance(layer, keras.layers.InputLayer):
-            return type(layer).from_config(layer.get_config())
-        return exchange(layer)
-
-    new = keras.models.clone_model(model, clone_function=clone)
-    own = [n for n in vars(type(model)) if not n.startswith("_") and n != "get_config"]
-    if type(new) is not type(model) and own:
-        raise UserError(
-            f"{type(model).__name__} {model.name!r} has methods of its own ({', '.join(own)}), "
-            "which its pruned copy would lack; let its __init__ take the arguments of keras.Model, "
-            "or write the model with layers as attributes and a call method"
-        )
-    return new
+def slots_of(optimizer: Any, model: Any) -> dict[str, list[Any]]:
+    """Returns kernel name -> the optimizer's variables of its shape (moments, averages)."""
+    return {name: slots_for(optimizer, kernel) for name, kernel in kernels(model).items()}
 
 
 # --- Masks -----------------------------------------------------------------------------
@@ -234,9 +199,9 @@ def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
       model: a pruned model.
       mask: kernel name -> array of the kernel's shape with values 0 and 1, for every
         kernel of the model; or a ticket, whose mask it is (its weights are `Rewind`'s to set).
-      optimizer: whose slots to zero (default: the one the model is compiled with).
-        They need not exist yet, unless they start at other values than 0 (Adagrad):
-        then they are created.
+      optimizer: whose slots to zero (default: those that the model has, as its compiled
+        one and as attributes). They need not exist yet: of other optimizers, and where
+        the model is compiled later, slots are zeroed in the first step.
 
     Raises:
       UserError: the model is not pruned, the names, shapes or values do not fit, or
@@ -247,21 +212,49 @@ def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
     for name, m in mask.items():
         if not np.isin(m, (0, 1)).all():
             raise UserError(f"the mask of {name!r} holds values other than 0 and 1")
-    optimizer = optimizer or getattr(model, "optimizer", None)
-    if optimizer is not None:
-        require_maskable(optimizer)
-        if not probe(optimizer).clean:
-            create_slots(optimizer, model)
-    slots = slots_of(optimizer, model) if optimizer is not None else {}
+    optimizers = optimizers_of(model) if optimizer is None else [optimizer]
+    several = len(optimizers_of(model)) > 1  # each trains a part, which is not known yet
+    for each in optimizers:
+        require_maskable(each)
+        if not several and not probe(each).clean:  # slots that do not start at 0
+            create_slots(each, model)
     for w in found:
         for variable in w.masks:
             variable.assign(np.asarray(mask[w.name], variable.dtype.as_numpy_dtype))
-        for variable in (w.variable, *slots.get(w.name, ())):
+        slots = [slot for each in optimizers for slot in slots_for(each, w.variable)]
+        for variable in (w.variable, *slots):
             variable.assign(select(w.masks[0], variable))
+    for layer in _masked_layers(model):
+        layer.put_up_walls()
+        layer.note()
     _SET[model] = masks_set(model) + 1
 
 
 _SET: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """Returns the optimizers that a model has: the one it is compiled with, and attributes."""
+    held: list[Any] = []
+    for value in vars(model).values():
+        many = value.values() if isinstance(value, dict) else value
+        held += many if isinstance(value, (list, tuple, dict)) else [value]
+    found = [value for value in held if inside.is_optimizer(value)]
+    first = getattr(model, "optimizer", None)
+    found = [*([] if first is None else [first]), *found]
+    inner = {id(inner_optimizer(each)) for each in found if inner_optimizer(each) is not each}
+    return list({id(each): each for each in found if id(each) not in inner}.values())
+
+
+def note(model: Any) -> None:
+    """Takes the mask that a model has for the one in force, where `set_mask` was not called yet."""
+    for layer in _masked_layers(model):
+        if not layer.noted:
+            layer.note()
+
+
+def _masked_layers(model: Any) -> list[MaskedLayer]:
+    return [layer for layer in inside.layers_within(model) if isinstance(layer, MaskedLayer)]
 
 
 def masks_set(model: Any) -> int:
@@ -302,10 +295,14 @@ def fit(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what: s
 def check(model: Any, optimizer: Any = None) -> None:
     """Checks the invariant: zeros of the mask are zeros of the weights and of the slots.
 
+    And the mask is the one that `set_mask` put in force.
+
     Raises:
       InvariantError: names the kernel, what is not zero, and how many entries.
     """
     found = _masked(model)
+    for layer in _masked_layers(model):
+        layer.require_noted()
     slots = slots_of(optimizer, model) if optimizer is not None else {}
     for w in found:
         pruned = w.masks[0].numpy() == 0

@@ -6,7 +6,8 @@ import re
 from typing import Any, NamedTuple
 
 from lth_tf.pruning import inside
-from lth_tf.pruning.masked import MaskedLayer, hosts_of
+from lth_tf.pruning.hosts import hosts_of
+from lth_tf.pruning.masked import MaskedLayer
 
 
 class Weight(NamedTuple):
@@ -27,14 +28,22 @@ class Weight(NamedTuple):
     owner: Any
 
 
-def named(model: Any) -> list[Weight]:
-    """Returns a model's own weights, then those of the layers in it, each under a unique path."""
+def named(model: Any, every: bool = False) -> list[Weight]:
+    """Returns a model's own weights, then those of the layers in it, each under a unique path.
+
+    Args:
+      model: plain or pruned.
+      every: whether of a pruned model what is prunable and not masked (a new head) is a
+        kernel, too.
+    """
     masks: dict[int, list] = {}
     for layer in inside.layers_within(model):
         if isinstance(layer, MaskedLayer):
             for kernel, mask, _ in layer.pruning_vars:
                 masks.setdefault(id(kernel), []).append(mask)
-    prunable = {id(kernel) for _, _, kernel in hosts_of(model)}
+    prunable = set(masks)
+    if every or not masks:
+        prunable |= {id(kernel) for _, _, kernel in hosts_of(model)}
     found: list[Weight] = []
     seen: set[int] = set()
     taken: set[str] = set()
@@ -69,6 +78,8 @@ def _segment(layer: Any) -> str:
 
     'dense_3' counts the layers of the process; here they are numbered in their order in the model.
     """
+    if inside.was_named(layer):
+        return layer.name
     usual = inside.automatic_name(layer)
     automatic = re.fullmatch(rf"((?:forward_|backward_)?{usual})(_\d+)?", layer.name)
     return automatic[1] if automatic else layer.name
@@ -89,7 +100,8 @@ def kernels(model: Any) -> dict[str, Any]:
     Prunable are the kernels of dense, convolutional, recurrent and attention layers
     (trainable attributes called 'kernel' or '..._kernel', of rank 2 or more); of a custom
     layer with a method `get_prunable_weights()`, the attributes that it returns. Biases,
-    normalisation and embeddings are not, nor what a model holds without a layer.
+    normalisation and embeddings are not, nor what a model holds without a layer, unless
+    they were selected by name (`prune`). `prunable` says of each weight why.
     """
     return {w.name: w.variable for w in named(model) if w.kernel}
 

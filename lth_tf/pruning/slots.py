@@ -13,7 +13,6 @@ import numpy as np
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.pruning import inside
-from lth_tf.pruning.names import kernels
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -33,19 +32,16 @@ def inner_optimizer(optimizer: Any) -> Any:
     return optimizer.inner_optimizer if scaled else optimizer
 
 
-def slots_of(optimizer: Any, model: Any) -> dict[str, list[Any]]:
-    """Returns kernel name -> the optimizer's variables of its shape (moments, averages)."""
+def slots_for(optimizer: Any, kernel: Any) -> list[Any]:
+    """Returns an optimizer's variables of a kernel's shape that belong to the kernel."""
     optimizer = inner_optimizer(optimizer)
     if isinstance(optimizer, keras.optimizers.legacy.Optimizer):
-        return {name: _legacy_slots(optimizer, k) for name, k in kernels(model).items()}
-    return {
-        name: [
-            slot
-            for slot in inside.slots(optimizer, kernel)
-            if isinstance(slot, tf.Variable) and slot.shape == kernel.shape
-        ]
-        for name, kernel in kernels(model).items()
-    }
+        return _legacy_slots(optimizer, kernel)
+    return [
+        slot
+        for slot in inside.slots(optimizer, kernel)
+        if isinstance(slot, tf.Variable) and slot.shape == kernel.shape
+    ]
 
 
 def _legacy_slots(optimizer: Any, kernel: Any) -> list[Any]:
@@ -81,12 +77,25 @@ def renew(optimizer: Any, model: Any) -> None:
 
     Zeros would be wrong for some: averages start at the weights, Adagrad at 0.1.
     """
-    with inside.strategy_of(inner_optimizer(optimizer)).scope():
+    inner = inner_optimizer(optimizer)
+    with inside.strategy_of(inner).scope():
         fresh = type(optimizer).from_config(optimizer.get_config())
-    for each in (optimizer, fresh):
-        create_slots(each, model)
+    legacy = isinstance(inner, keras.optimizers.legacy.Optimizer)
+    # It may have been built for a part of the model only.
+    built = [] if legacy else inside.built_for(inner, model.variables)
+    with scope_of(model):
+        for each in (optimizer, fresh):
+            inside.build_optimizer(each, built or model.trainable_variables)
     for old, new in zip(optimizer_state(optimizer), optimizer_state(fresh), strict=True):
         old.assign(new.read_value())
+
+
+def is_built(optimizer: Any) -> bool:
+    """Says whether an optimizer has slots, or needs none, for what it trains."""
+    inner = inner_optimizer(optimizer)
+    if isinstance(inner, keras.optimizers.legacy.Optimizer):
+        return len(inner.variables()) > 1
+    return bool(inside.is_built(inner))
 
 
 def require_maskable(optimizer: Any) -> None:
@@ -115,28 +124,31 @@ _PROBED: dict[str, Probe] = {}
 
 def probe(optimizer: Any) -> Probe:
     """Returns what an optimizer does to a vector of three weights; no list of names could tell."""
-    optimizer = inner_optimizer(optimizer)
+    # In a thread of its own there is no distribution strategy in force, and no graph.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(_probed, inner_optimizer(optimizer)).result()
+
+
+def _probed(optimizer: Any) -> Probe:
     config = dict(optimizer.get_config())
     config |= {k: v for k, v in (("learning_rate", 0.1), ("jit_compile", False)) if k in config}
     key = f"{type(optimizer)} {json.dumps(config, sort_keys=True, default=str)}"
     if key not in _PROBED:
-        # In a thread of its own there is no distribution strategy in force.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            _PROBED[key] = pool.submit(_try, type(optimizer).from_config, config).result()
+        _PROBED[key] = _try(type(optimizer).from_config, config)
     return _PROBED[key]
 
 
 def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> Probe:
     layer = keras.layers.Dense(1, use_bias=False, dtype="float32")
     layer.build((None, 3))
-    name, kernel = next(iter(kernels(layer).items()))
+    kernel = layer.kernel
 
     def steps(optimizer: Any, gradient: float) -> None:
         for _ in range(2):
             optimizer.apply_gradients([(tf.constant([[0.3], [gradient], [0.1]]), kernel)])
 
     def zeros(optimizer: Any) -> bool:
-        values = [v.numpy() for v in (kernel, *slots_of(optimizer, layer)[name])]
+        values = [v.numpy() for v in (kernel, *slots_for(optimizer, kernel))]
         return all(np.isfinite(v).all() and v[1, 0] == 0 for v in values)
 
     fresh, used = make(config), make(config)
@@ -145,7 +157,7 @@ def _try(make: Callable[[dict], Any], config: dict[str, Any]) -> Probe:
     clean = zeros(fresh)
     kernel.assign([[1.0], [-2.0], [3.0]])
     steps(used, -0.2)
-    for variable in (kernel, *slots_of(used, layer)[name]):
+    for variable in (kernel, *slots_for(used, kernel)):
         variable.assign(tf.constant([[1.0], [0.0], [1.0]]) * variable)
     steps(used, 0.0)
     return Probe(zeros(used), clean)
