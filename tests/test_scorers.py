@@ -963,6 +963,17 @@ def ends(middle):
     return keras.Model(x, layers.Dense(3)(y))
 
 
+def test_attention_beside_activations_that_only_bend_is_scored_by_synflow():
+    x = keras.Input((5, 6))
+    y = layers.Dense(6, "swish")(x)
+    y = layers.Flatten()(layers.MultiHeadAttention(2, 3)(y, y))
+    scores = score(keras.Model(x, layers.Dense(3)(y)), "synflow")
+    least = max(s.sum() for s in scores.values()) * 1e-12
+    assert sorted(n.split("/")[-2] for n, s in scores.items() if s.sum() < least) == [
+        "key", "query"
+    ]  # fmt: skip
+
+
 def test_a_cut_among_equal_scores_is_said(recwarn):
     model = ends(layers.Activation("linear"))  # its first kernel: 240 ones
     with pytest.warns(TiedScores) as said:

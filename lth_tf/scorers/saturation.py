@@ -116,7 +116,8 @@ def require_flow(
         )
     whole = all(np.all(v) for v in values)  # a mask may cut the network, on purpose
     dead = [name for name, s in scores.items() if not s.any()]
-    if whole and 0 < len(dead) < len(scores) and (names := _bounded(graph)):
+    explained = _bounded(graph, ("Softmax",))  # queries and keys: inputs are the same everywhere
+    if whole and 0 < len(dead) < len(scores) and not explained and (names := _bounded(graph)):
         raise UserError(
             f"nothing flows through {', '.join(dead)} of model {model.name!r}, where an "
             f"activation saturates ({names[0]}), so that their weights cannot be ranked; {_INSTEAD}"
