@@ -372,7 +372,7 @@ def opened(
 
         def own() -> tuple[dict, Any]:
             # First of all, so that nothing is changed where one of these is refused.
-            if source and trains and _lacks_dense(spec, work):
+            if source and trains:
                 require_trunk(source, spec, work)
             strange = ""
             if (work / "summary.csv").exists():
@@ -397,11 +397,3 @@ def opened(
         if strange and trains:
             lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
         yield lab
-
-
-def _lacks_dense(spec: Spec, workdir: Path) -> bool:
-    """Whether a replicate's dense network is not trained yet."""
-    return not all(
-        (workdir / f"replicate_{replicate:02d}" / "level_00" / _TRAINED).exists()
-        for replicate in range(spec.replicates)
-    )
