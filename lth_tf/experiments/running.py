@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from lth_tf import distribute, edge, storage
 from lth_tf.analysis import summary
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
-from lth_tf.experiments.laboratory import TRAINED, Laboratory
+from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.plans import Plan
 from lth_tf.experiments.trunk import require as require_trunk
 from lth_tf.experiments.workdirs import note_threads, require_own, write_spec
@@ -45,7 +44,7 @@ def opened(
 
         def own() -> tuple[dict, Any]:
             # First of all, so that nothing is changed where one of these is refused.
-            if source and trains and _lacks_dense(spec, work):
+            if source and trains:
                 require_trunk(source, spec, work)
             strange = ""
             if (work / "summary.csv").exists():
@@ -74,14 +73,6 @@ def opened(
         for text in filter(None, said):
             lab.say(text)
         yield lab
-
-
-def _lacks_dense(spec: Spec, workdir: Path) -> bool:
-    """Whether a replicate's dense network is not trained yet."""
-    return not all(
-        (workdir / f"replicate_{replicate:02d}" / "level_00" / TRAINED).exists()
-        for replicate in range(spec.replicates)
-    )
 
 
 def run(

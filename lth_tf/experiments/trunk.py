@@ -40,6 +40,8 @@ def spec(run: Spec) -> Spec:
 def require(trunk_workdir: Path, run: Spec, workdir: Path) -> None:
     """Checks that a folder is the workdir of a dense training that `run` can take.
 
+    Nothing is asked of it where all replicates have their dense training already.
+
     Args:
       trunk_workdir: what was given as the trunk.
       run: the experiment.
@@ -49,6 +51,9 @@ def require(trunk_workdir: Path, run: Spec, workdir: Path) -> None:
       UserError: it is not, and says why.
     """
     given = os.fspath(trunk_workdir)
+    levels = [Path(workdir) / f"replicate_{i:02d}" / "level_00" for i in range(run.replicates)]
+    if all((level / "trained.safetensors").exists() for level in levels):
+        return
     if not Path(trunk_workdir).is_dir():
         raise UserError(f"there is no trunk {given!r}: no such folder")
     if Path(trunk_workdir).resolve() == Path(workdir).resolve():
