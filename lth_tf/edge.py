@@ -36,12 +36,18 @@ def outer() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BaseException as error:
         said = told(error)
         if said is None:
             raise
-        if isinstance(error, BrokenPipeError):  # Python would try to write once more at its end
+        try:
+            print(end="", flush=True)
+        except OSError:  # nobody reads it, or the disk is full; Python would try again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(said[0], file=sys.stderr)
         sys.exit(said[1])
@@ -51,7 +57,7 @@ def outer() -> Iterator[None]:
 def importing() -> Iterator[None]:
     """Within, as `outer`, but Ctrl-C ends the process at once: nothing was begun yet.
 
-    An exception would be raised anywhere in what is imported, also where Python can only print
+    KeyboardInterrupt would be raised anywhere in what is imported, also where Python can only print
     it and go on.
     """
     handler = signal.getsignal(signal.SIGINT)
@@ -67,7 +73,13 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, end)
     try:
         with outer():
-            yield
+            try:
+                yield
+            except ImportError as error:
+                raise UserError(
+                    f"a package is missing or broken ({brief(error)}); lth-doctor says which, and "
+                    "what mends it"
+                ) from error
     finally:
         if mine:
             signal.signal(signal.SIGINT, handler)
@@ -98,7 +110,8 @@ def told(error: BaseException) -> tuple[str, int] | None:
 
 def _of_the_system(error: OSError) -> str:
     """The sentence for an error of the operating system that nobody has explained before."""
-    what = f"{str(error.filename)!r} " if error.filename is not None else ""
+    known = error.filename is not None
+    what = f"{str(error.filename)!r} " if known else "a file, or what is printed, "
     why = error.strerror or str(error) or type(error).__name__
     if "temporary directory" in why:
         return f"{why[0].lower()}{why[1:]}; set TMPDIR to a folder that can be written"

@@ -52,6 +52,12 @@ def test_what_surrounds_a_command_ends_as_a_sentence(capsys, error, text, code):
     assert (ended.value.code, err.count("\n")) == (code, 1) and err.startswith(text)
 
 
+def test_a_missing_package_is_for_the_doctor(capsys):
+    with pytest.raises(SystemExit), edge.importing():
+        raise ModuleNotFoundError("No module named 'safetensors'")
+    assert "No module named 'safetensors'); lth-doctor says which" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_package_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), edge.outer():
         raise ZeroDivisionError
