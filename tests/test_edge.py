@@ -106,6 +106,8 @@ def python(stub, module, *words, code="", cwd=None, **environ):
     return subprocess.Popen(
         [sys.executable, "-c", text], env={**os.environ, **environ},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        # Of a test run in the background it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -224,7 +226,11 @@ def test_a_second_ctrl_c_ends_it_at_once():
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    assert process.wait() == 130 and time.monotonic() - began < 5
+    try:
+        code = process.wait(30)
+    finally:
+        process.kill()
+    assert code == 130 and time.monotonic() - began < 5
     said = process.stderr.read().splitlines()
     assert [line.split(";")[0].split(":")[0] for line in said] == ["interrupted", "ended at once"]
 
