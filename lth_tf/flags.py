@@ -346,7 +346,7 @@ def run(main: Callable[..., Any], about: str, commands: tuple[str, ...] = ()) ->
     with edge.outer():
         if {"--help", "-help", "--helpshort", "-helpshort", "-h", "-?"} & set(sys.argv[1:]):
             print(help_of(about, commands))
-            return
+            sys.exit(0)
         app.run(guarded, argv=expand(sys.argv))
 
 

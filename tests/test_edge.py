@@ -107,6 +107,8 @@ def python(stub, module, *words, code="", cwd=None, **environ):
     return subprocess.Popen(
         [sys.executable, "-c", text], env={**os.environ, **environ},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        # Of a test run in the background it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
