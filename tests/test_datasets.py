@@ -450,7 +450,6 @@ def test_second_read_does_without_tensorflow(tiny, own_cache):
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
