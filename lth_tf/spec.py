@@ -558,7 +558,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         each = tuple(option for _, option in value)
     if any(isinstance(v, float) and not math.isfinite(v) for v in each):
         raise UserError(f"{field.name} must be a finite number, not {value}")
-    if any(isinstance(v, int) and abs(v) >= 2**63 for v in each):
+    if "float" in wanted and any(isinstance(v, int) and abs(v) >= 2**63 for v in each):
         raise UserError(f"{field.name} is out of range; it must be below 2**63")
     largest = 63 if field.name == "seed" else 31  # bits: steps are counted in int32
     if too_large := [v for v in each if type(v) is int and v >= 2**largest and "int" in wanted]:

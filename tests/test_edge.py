@@ -394,7 +394,7 @@ MISTAKES = [
     ("sweep", ["--workdir={empty}/s", "--jobs=0"], "jobs"),
     ("sweep", ["--workdir={empty}/s", "--shard=3/2"], "shard"),
     ("sweep", ["--workdir={empty}/s", "--shard=x"], "shard"),
-    ("sweep", ["--workdir={file}", "--seeds=1"], "cannot be used (Not a directory)"),
+    ("sweep", ["--workdir={file}", "--seeds=1"], "choose another name for --workdir"),
     ("sweep", ["--workdir=gs://b/s", "--seeds=1"], "is not a folder of this machine"),
     ("sweep", ["--workdir={empty}/s", "--scorers=snp"], "Did you mean 'snip'"),
     ("sweep", ["--workdir={empty}/s", "--", "--lr_schedule=steps", "--lr_drops=99999"],

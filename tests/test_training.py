@@ -77,11 +77,6 @@ def eager(s, steps, update):
     return weights
 
 
-def keras_float(x):
-    """Keras' optimizers round their constants to float32, in float64 too."""
-    return float(np.float32(x))
-
-
 def rate_by_hand(s, step):
     rate = s.learning_rate * s.lr_drop_factor ** sum(step >= drop for drop in s.lr_drops)
     if s.lr_schedule == "cosine":
@@ -97,7 +92,7 @@ def sgd(s, step, rate, g, w, state):
 
 def momentum(s, step, rate, g, w, state):
     """v <- mu v + rate g, and v is taken (Sutskever et al. 2013, eq. 1 and 2)."""
-    state[0] = keras_float(s.momentum) * state[0] + rate * g
+    state[0] = s.momentum * state[0] + rate * g
     return state[0]
 
 
@@ -105,21 +100,21 @@ def nesterov(s, step, rate, g, w, state):
     """The same at the point looked ahead to, told by the weights that stand there:
     mu v + rate g with the new v (Sutskever et al. 2013, eq. 3 and 4).
     """
-    return keras_float(s.momentum) * momentum(s, step, rate, g, w, state) + rate * g
+    return s.momentum * momentum(s, step, rate, g, w, state) + rate * g
 
 
 def adam(s, step, rate, g, w, state):
     """Kingma and Ba 2015, before section 2.1: epsilon hat."""
-    a, b = keras_float(0.9), keras_float(0.999)
-    state[0] += (g - state[0]) * keras_float(1 - 0.9)
-    state[1] += (g**2 - state[1]) * keras_float(1 - 0.999)
+    a, b = 0.9, 0.999
+    state[0] += (g - state[0]) * (1 - 0.9)
+    state[1] += (g**2 - state[1]) * (1 - 0.999)
     rate = rate * np.sqrt(1 - b ** (step + 1)) / (1 - a ** (step + 1))
     return rate * state[0] / (np.sqrt(state[1]) + 1e-7)
 
 
 def adamw(s, step, rate, g, w, state):
     """Loshchilov and Hutter 2019, algorithm 2: the decay is no part of the gradient."""
-    return adam(s, step, rate, g, w, state) + rate * keras_float(s.weight_decay) * w
+    return adam(s, step, rate, g, w, state) + rate * s.weight_decay * w
 
 
 HAND = {f.__name__: f for f in (sgd, momentum, nesterov, adam, adamw)}

@@ -18,10 +18,12 @@ def checked(dataset: Any) -> dict[str, np.ndarray]:
     Raises:
       UserError: they do not fit each other, or nothing can be learnt of them.
     """
-    name, found = dataset.name, dict[str, np.ndarray]()
-    for part in ("train", "test"):
-        inputs = _array(name, part, getattr(dataset, f"{part}_inputs"))
-        labels = np.asarray(getattr(dataset, f"{part}_labels"))
+    name, parts = dataset.name, list[np.ndarray]()
+    for part, inputs, labels in (
+        ("train", dataset.train_inputs, dataset.train_labels),
+        ("test", dataset.test_inputs, dataset.test_labels),
+    ):
+        inputs, labels = _array(name, part, inputs), np.asarray(labels)
         if len(inputs) != len(labels if labels.ndim else labels[None]):
             raise UserError(
                 f"data set {name!r} has {len(inputs):,} {part} inputs and {labels.size:,} labels; "
@@ -29,8 +31,8 @@ def checked(dataset: Any) -> dict[str, np.ndarray]:
             )
         if dataset.task == "classification":
             labels = _classes(name, part, labels, dataset.classes)
-        found |= {f"{part}_inputs": inputs, f"{part}_labels": labels}
-    train, test = found["train_inputs"], found["test_inputs"]
+        parts += [inputs, labels]
+    train, train_labels, test, test_labels = parts
     if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
         raise UserError(
             f"data set {name!r} has training inputs of shape {list(train.shape[1:])} and type "
@@ -38,7 +40,10 @@ def checked(dataset: Any) -> dict[str, np.ndarray]:
             "both alike"
         )
     _require_moments(dataset, train)
-    return found
+    return {
+        "train_inputs": train, "train_labels": train_labels,
+        "test_inputs": test, "test_labels": test_labels,
+    }  # fmt: skip
 
 
 def _array(name: str, part: str, given: Any) -> np.ndarray:
