@@ -84,6 +84,10 @@ with _quiet(), _temporary():
         pruning_wrapper,
     )
     from tf_keras.src.engine.base_layer import AddLoss, AddMetric  # isort: skip
+    from tf_keras.src.engine.base_layer_utils import (  # isort: skip
+        from_saved_model,
+        is_subclassed,
+    )
     from tf_keras.src.engine.functional import Functional  # isort: skip
     from tf_keras.src.mixed_precision.autocast_variable import AutoCastVariable  # isort: skip
     from tf_keras.src.saving.legacy.saved_model.load import RevivedLayer  # isort: skip
@@ -94,7 +98,8 @@ PruneLowMagnitude = pruning_wrapper.PruneLowMagnitude
 
 __all__ = [
     "AddLoss", "AddMetric", "AutoCastVariable", "Functional", "PruneLowMagnitude", "RevivedLayer",
-    "all_digits", "heartbeats", "inlined", "is_keras_3", "keras", "os_errors", "tf", "tfmot",
+    "all_digits", "from_saved_model", "heartbeats", "inlined", "is_keras_3", "is_subclassed",
+    "keras", "os_errors", "tf", "tfmot",
 ]  # fmt: skip
 
 

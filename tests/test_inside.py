@@ -16,6 +16,7 @@ import pytest
 
 from lth_tf.compat import keras, tf
 from lth_tf.pruning import inside as pruning
+from lth_tf.pruning import prune
 from lth_tf.scorers import inside as scorers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -745,3 +746,65 @@ def test_modules_of_pruning_import_those_before_them():
             elif isinstance(node, ast.ImportFrom) and node.module.startswith("lth_tf.pruning."):
                 assert node.module.split(".")[2] in ORDER[:at], name
     assert not any(path.startswith("lth_tf/pruning/") for path in found)
+
+
+
+class Deciding(layers.Layer):
+    """A layer that only AutoGraph can put into a graph."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight("kernel", [shape[-1], 2], initializer="ones")
+
+    def call(self, x):
+        y = x @ self.kernel
+        if tf.reduce_sum(y) > 0:
+            y = -y
+        return y
+
+
+def halved(x):
+    if tf.reduce_sum(x) > 0:
+        x = x / 2
+    return x
+
+
+def test_pruning_autographed():
+    with pytest.raises(tf.errors.OperatorNotAllowedInGraphError):
+        tf.function(halved, autograph=False)(tf.ones([1]))
+    graph = tf.function(lambda x: pruning.autographed(halved)(x), autograph=False)
+    assert graph(tf.ones([1])).numpy().tolist() == [0.5]
+    assert pruning.autographed(pruning.sublayers) is pruning.sublayers  # of this package
+
+
+def test_pruning_layers_autographed():
+    layer = Deciding()
+
+    def called(x):
+        with pruning.layers_autographed():
+            return layer(x)
+
+    with pytest.raises(tf.errors.OperatorNotAllowedInGraphError):
+        tf.function(lambda x: layer(x), autograph=False)(tf.ones([1, 3]))
+    assert np.all(tf.function(called, autograph=False)(tf.ones([1, 3])).numpy() == -3)
+
+
+@pytest.mark.parametrize("autograph", [True, False])
+def test_pruning_call_of(autograph):
+    model = prune(keras.Sequential([keras.Input([3]), Deciding()]))  # MaskedLayer asks it
+
+    def called(x):
+        with pruning.layers_autographed():
+            return model(x)
+
+    assert np.all(tf.function(called, autograph=autograph)(tf.ones([1, 3])).numpy() == -3)
+    plain = layers.Dense(1)
+    assert pruning.call_of(plain) == plain.call
+
+
+def test_pruning_unread():
+    def call(x):
+        return halved(x)
+
+    autograph = tf.__internal__.autograph
+    marked = pruning.unread(call)
+    assert autograph.tf_convert(marked, autograph.control_status_ctx()) is marked is call

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A room is a module or a package of lth_tf; it knows rooms of the floors below, and no others.
 FLOORS = [
     {"compat", "errors", "masks"},
-    {"budgets", "edge", "pruning", "registry", "storage"},
+    {"budgets", "edge", "execution", "pruning", "registry", "storage"},
     {"schedules", "scopes", "tasks"},
     {"callbacks", "recipes"},
     {"spec"},
@@ -27,7 +27,8 @@ FLOORS = [
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 GROUND = {
-    "edge", "errors", "masks", "recipes", "registry", "schedules", "scopes", "spec", "storage",
+    "edge", "errors", "execution", "masks", "recipes", "registry", "schedules", "scopes", "spec",
+    "storage",
 }  # fmt: skip
 HEAVY = {"tensorflow", "tf_keras", "keras", "tensorflow_model_optimization", "absl"}
 PACKAGE = sorted((ROOT / "lth_tf").rglob("*.py"))

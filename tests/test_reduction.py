@@ -36,7 +36,7 @@ def test_several_masks_one_after_the_other_in_few_graphs():
         weights, mask = start(trainer.spec, density)
         found = trainer.train(weights, mask, 0, 20).weights
         assert all(not found[name][m == 0].any() for name, m in mask.items())
-    assert trainer._chunk.experimental_get_tracing_count() == 2
+    assert trainer.engine.steps.experimental_get_tracing_count() == 2
 
 
 @pytest.mark.parametrize("density", [0.5, 0.2, 0.05])

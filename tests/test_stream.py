@@ -389,7 +389,7 @@ def test_killed_and_resumed_equals_whole(toy):
     # Neither another seed nor another beginning makes another graph.
     other = trainer.train(weights, mask, 2, 12, seed=5)
     assert any((w != other.weights[n]).any() for n, w in whole.weights.items())
-    assert trainer._chunk.experimental_get_tracing_count() == 1
+    assert trainer.engine.steps.experimental_get_tracing_count() == 1
 
 
 def test_two_replicas_and_xla_are_the_same_mathematics(toy):

@@ -338,7 +338,7 @@ def test_blocks_of_any_length_and_any_seed_share_one_graph():
     trainer = Trainer(spec(compile="on", augmentation="flip_crop"), DIGITS)
     trainer.train(*start(BASE), 0, 33)
     trainer.train(*start(BASE), 7, 20, seed=2**64 - 1)
-    assert trainer._chunk.experimental_get_tracing_count() == 1
+    assert trainer.engine.steps.experimental_get_tracing_count() == 1
 
 
 def test_keras_own_callbacks_work():

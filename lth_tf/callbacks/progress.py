@@ -21,7 +21,12 @@ class Progress(keras.callbacks.Callback):
     Args:
       console: where to write.
       steps: training steps of the whole experiment.
+
+    Attributes:
+      looks: that it does not look at variables.
     """
+
+    looks = False
 
     def __init__(self, console: rich.console.Console, steps: int):
         super().__init__()

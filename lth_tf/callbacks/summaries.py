@@ -23,6 +23,9 @@ class Summaries(keras.callbacks.Callback):
       log_dir: folder for the event file.
       histograms: whether to write histograms.
       bytes_per_step: what each replica gives to be added up in a step; 0 is not written.
+
+    Attributes:
+      looks: whether it looks at the model's variables while it trains.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class Summaries(keras.callbacks.Callback):
         super().__init__()
         self.bytes_per_step = bytes_per_step
         self.log_dir, self.histograms = os.fspath(log_dir), histograms
+        self.looks = histograms
         self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:

@@ -38,7 +38,9 @@ class Workers:
         self._strategy = strategy
         self.index, self.count = index_and_count(strategy)
         self.chief = self.index == 0
-        self._add = tf.function(lambda values: strategy.run(_added, (values,)))
+        self._add = tf.function(
+            lambda values: strategy.run(_added, (values,)), autograph=False
+        )
 
     def share(self, make: Callable[[], tuple[Arrays, Any]]) -> tuple[Arrays, Any]:
         """Returns, everywhere, what `make` returns at the chief: arrays and JSON-ready values.

@@ -12,6 +12,7 @@ import numpy as np
 from lth_tf import pruning
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
+from lth_tf.pruning.inside import unread
 from lth_tf.registry import Registry
 
 Builder = Callable[..., Any]
@@ -108,6 +109,7 @@ class StatelessDropout(keras.layers.Layer):
         )
         super().build(input_shape)
 
+    @unread
     def call(self, inputs: Any, training: Any = None) -> Any:
         """Drops in training, passes inputs through otherwise."""
         if training is None:

@@ -14,6 +14,7 @@ from typing import Any
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.models.parts import Builder, initialisers, norm, scaled
+from lth_tf.pruning.inside import unread
 
 
 @keras.saving.register_keras_serializable(package="lth_tf")
@@ -33,6 +34,7 @@ class IdentityShortcut(keras.layers.Layer):
         self.filters = filters
         self.strides = strides
 
+    @unread
     def call(self, inputs: Any) -> Any:
         """Subsamples and pads."""
         x = inputs[:, :: self.strides, :: self.strides]

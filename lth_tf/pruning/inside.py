@@ -22,6 +22,8 @@ from lth_tf.compat import (
     AutoCastVariable,
     Functional,
     RevivedLayer,
+    from_saved_model,
+    is_subclassed,
     keras,
     tf,
 )
@@ -121,6 +123,42 @@ def treat_alike(wrapper: Any, layer: Any) -> None:
     # Only layers that were told the shape of their inputs have it.
     if not hasattr(wrapper, "_batch_input_shape") and hasattr(layer, "_batch_input_shape"):
         wrapper._batch_input_shape = layer._batch_input_shape
+
+
+# --- AutoGraph -------------------------------------------------------------------------
+
+
+def autographed(function: Any) -> Any:
+    """Returns a function that AutoGraph reads, as in a tf.function, unless it is of this package.
+
+    For functions of people's own inside graphs that are made without AutoGraph, which takes
+    longer to read a loop than XLA to compile it.
+    """
+    if getattr(function, "__module__", "").startswith("lth_tf."):
+        return function
+    context = tf.__internal__.autograph.control_status_ctx()
+    enabled = type(context)(type(context.status).ENABLED)
+    return tf.__internal__.autograph.tf_convert(function, enabled)
+
+
+def layers_autographed() -> Any:
+    """Returns a context in which Keras gives people's layers to AutoGraph, as in `fit`."""
+    context = tf.__internal__.autograph.control_status_ctx()
+    return type(context)(type(context.status).ENABLED)
+
+
+def unread(call: Any) -> Any:
+    """Marks a layer's `call` that AutoGraph need not read, unlike what it calls; returns it."""
+    call.autograph_info__ = {}
+    return call
+
+
+def call_of(layer: Any) -> Any:
+    """Returns a layer's `call`, given to AutoGraph where Keras would do that."""
+    if not is_subclassed(layer) or from_saved_model(layer):
+        return layer.call
+    autograph = tf.__internal__.autograph
+    return autograph.tf_convert(layer.call, autograph.control_status_ctx())
 
 
 # --- Losses of layers ------------------------------------------------------------------

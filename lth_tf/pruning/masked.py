@@ -156,16 +156,17 @@ class MaskedLayer(PruneLowMagnitude):
             for owner, attribute, kernel, _ in self._hosts:
                 inside.set_untracked(owner, attribute, kernel)
 
+    @inside.unread
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer on masked kernels."""
         if not self._hosts:
             # A loaded layer may make its sublayers' kernels in its first call.
-            self.layer.call(*args, **kwargs)
+            inside.call_of(self.layer)(*args, **kwargs)
             self._join()
         _mask_regularizers(self._hosts)
         try:
             with self._masked():
-                outputs = self.layer.call(*args, **kwargs)
+                outputs = inside.call_of(self.layer)(*args, **kwargs)
         except AttributeError as error:
             if "no attribute 'assign" not in str(error):
                 raise

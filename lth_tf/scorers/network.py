@@ -16,7 +16,12 @@ import numpy as np
 from lth_tf import distribute, pruning
 from lth_tf.compat import all_digits, inlined, keras, tf
 from lth_tf.errors import UserError
-from lth_tf.pruning.inside import is_graph_network, layers_within
+from lth_tf.pruning.inside import (
+    autographed,
+    is_graph_network,
+    layers_autographed,
+    layers_within,
+)
 from lth_tf.scorers import heads, inside, norms
 from lth_tf.scorers import saturation as saturations
 from lth_tf.scorers.batches import (
@@ -126,9 +131,10 @@ class Network:
             ends = [layer for layer, _, _ in last]
             self._unbounded = saturations.unbounded([x for x in layers if x not in ends], model)
             self._fixed += self._unbounded
-        self._gradient = tf.function(self._gradient_of)
-        self._product = tf.function(self._product_of)
-        self._flow = tf.function(self._flow_of)
+        self._gradient, self._product, self._flow = (
+            tf.function(function, autograph=False)
+            for function in (self._gradient_of, self._product_of, self._flow_of)
+        )
         for function in (self._gradient, self._product, self._flow):
             # TensorFlow would warn of every model that is scored as of one traced again.
             inside.omit_tracing_warning(function)
@@ -149,7 +155,7 @@ class Network:
         values = dict(zip(self.kernels, kernels, strict=True))
         values |= {n: self._change(self._cast(v.read_value())) for n, v in self.others.items()}
         held = [(layer, attribute, values[name]) for layer, attribute, name in self._attributes]
-        with inside.replaced([*held, *self._fixed]), inlined():
+        with inside.replaced([*held, *self._fixed]), inlined(), layers_autographed():
             return self.model(tf.nest.map_structure(self._cast, inputs), training=False)
 
     def gradient(
@@ -272,7 +278,8 @@ class Network:
     ) -> tuple[Any, list]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            value = weight * tf.reduce_sum(loss(labels, self(values, inputs) / temperature))
+            logits = self(values, inputs) / temperature
+            value = weight * tf.reduce_sum(autographed(loss)(labels, logits))
         return value, tape.gradient(value, values)
 
     def _product_of(
@@ -362,7 +369,7 @@ class Network:
             any_number = all(x.shape[0] is None for x in self.model.inputs or ())
             few = tf.nest.map_structure(lambda x: x[:8], inputs) if any_number else inputs
             with explained(self.model, self.dtype):
-                logits = tf.function(lambda values, inputs: self(values, inputs))
+                logits = tf.function(self, autograph=False)
                 heads.require_one(found := logits(values, few), self.model)
                 end = logits.get_concrete_function(values, few).outputs[0]
             self._classes = heads.classes_of(found, heads.last_operation(end), self.model)

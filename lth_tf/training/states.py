@@ -11,6 +11,7 @@ import numpy as np
 from lth_tf import distribute, pruning, storage
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
+from lth_tf.execution import Decision
 from lth_tf.masks import Mask
 from lth_tf.models import Weights
 from lth_tf.pruning import inside
@@ -41,6 +42,7 @@ class State:
       variables: name -> array: weights and optimizer; BatchNormalization's moving
         statistics of each replica.
       mask: kernel name -> 0/1 array, the one in force; None: the one it began with.
+      decision: how it is computed, see `execution.Decision`; None: as its default says.
     """
 
     step: int
@@ -50,6 +52,7 @@ class State:
     seconds: float
     variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     mask: Mask | None = None
+    decision: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +66,14 @@ class Trained:
         was not looked at), learning_rate, seconds since the beginning.
       captured: the weights at the step asked for, or None.
       mask: kernel name -> 0/1 array, the one in force at the end.
+      decision: how it was computed.
     """
 
     weights: Weights
     rows: list[dict[str, Any]]
     captured: Weights | None
     mask: Mask
+    decision: Decision = Decision()
 
 
 def columns(metric: str) -> list[str]:

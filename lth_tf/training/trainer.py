@@ -12,16 +12,19 @@ import numpy as np
 
 from lth_tf import distribute, models, pruning, schedules
 from lth_tf.callbacks import Rewind
-from lth_tf.compat import keras, tf
+from lth_tf.compat import keras
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
+from lth_tf.execution import WHOLE, Decision, Execution
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
 from lth_tf.pruning.inside import rate_of
 from lth_tf.spec import Spec
 from lth_tf.tasks import TASKS
 from lth_tf.training import feeds, states
+from lth_tf.training.engines import Engines
 from lth_tf.training.feeds import CHUNK
+from lth_tf.training.graph import Setup
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
 from lth_tf.training.reduction import Reduction
 from lth_tf.training.states import DivergedError, Interrupted, State, Trained
@@ -37,6 +40,7 @@ class _Course:
     stop: int
     seed: int
     hooks: Any
+    looked_at: bool  # whether callbacks look at variables, or change them
     boundaries: Callable[[int], Iterable[int | None]]  # step -> later ones that others need
     keep: Callable[[State], None] | None
     asked: Callable[[], bool]
@@ -54,6 +58,7 @@ class Trainer:
       dataset: inputs and labels, in memory or streamed.
       strategy: the replicas to train on (default: what the spec asks for).
       blueprint: of the network, where others look at it, too.
+      execution: what computes it (default: the graph of all weights).
 
     Attributes:
       model: the pruned model.
@@ -62,6 +67,8 @@ class Trainer:
       strategy, workers: the replicas, and the processes that they are in.
       feed: where batches come from.
       reduction: how gradients are added up.
+      setup: all of this together, for engines.
+      engine: what computes the training at hand; see `graph.Graph`.
 
     Raises:
       UserError: an unusable optimizer, devices or batch size, or too few examples.
@@ -73,6 +80,7 @@ class Trainer:
         dataset: Dataset | Streamed,
         strategy: Any = None,
         blueprint: models.Blueprint | None = None,
+        execution: Execution = WHOLE,
     ):
         self.spec = spec
         self.dataset: Any = dataset
@@ -81,7 +89,6 @@ class Trainer:
         self.task = TASKS[dataset.task]
         self.strategy = strategy or distribute.strategy_of(spec)
         self.workers = distribute.workers_of(self.strategy)
-        replicas = self.strategy.num_replicas_in_sync
         self.feed = feeds.feed(dataset, spec, self.strategy)
         if spec.batch_size > self.feed.sizes["train"]:
             raise UserError(
@@ -98,88 +105,17 @@ class Trainer:
         pruning.require_maskable(self.optimizer)
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
         self._averaged = [v for v in self.model.variables if distribute.is_own(v)]
-        self._pace, self._packed, self._mask_number = _PACE, None, -1
-        compiled = _compiles(spec, replicas, self.model)
-        loops = compiled and self.feed.loops
-        # A graph for each number of entries that replicas add up would be one for each level.
-        self._chunk = tf.function(self._steps, jit_compile=loops, reduce_retracing=replicas > 1)
-        self._evaluation = tf.function(self._evaluate, jit_compile=loops)
-        alone = compiled and not loops
-        self._run, self._run_evaluation = (
-            tf.function(step, jit_compile=True) if alone else step
-            for step in (self._step, self._evaluate_step)
+        self._pace, self._mask_number = _PACE, -1
+        self.setup = Setup(
+            spec, self.task, self.model, self.optimizer, self.feed, self.strategy, self.reduction
         )
-
-    # --- In the graph ---
-
-    def _outputs(self, x: Any, training: bool) -> Any:
-        """What the network puts out, wide enough for a loss."""
-        outputs = self.model(x, training=training)
-        return tf.cast(outputs, tf.float64 if outputs.dtype == tf.float64 else tf.float32)
-
-    def _step(self, taken: Any, seed: Any, step: Any, packed: Any) -> Any:
-        """One step on one replica; see the feed for `taken`, `Reduction` for `packed`."""
-        x, y = self.feed.batch(taken, seed, step)
-        variables = self.model.trainable_variables
-        scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
-        with tf.GradientTape() as tape:
-            losses = self.task.losses(y, self._outputs(x, training=True))
-            # The mean over the global batch: replicas add up their shares of it.
-            loss = tf.reduce_sum(losses) / self.spec.batch_size
-            target = self.optimizer.get_scaled_loss(loss) if scaled else loss
-        gradients = tape.gradient(target, variables)
-        *gradients, loss = self.reduction(packed, [*gradients, loss])
-        if scaled:
-            gradients = self.optimizer.get_unscaled_gradients(gradients)
-        if self.spec.weight_decay and not OPTIMIZERS.about(self.spec.optimizer).decoupled:
-            decay = self.spec.weight_decay
-            gradients = [
-                g + decay * tf.cast(v, g.dtype)
-                for g, v in zip(gradients, variables, strict=True)
-            ]
-        self.optimizer.apply_gradients(
-            zip(gradients, variables, strict=True), skip_gradients_aggregation=True
-        )
-        return loss
-
-    def _steps(
-        self, source: Any, count: Any, seed: Any, step: Any, total: Any, packed: Any
-    ) -> tuple[Any, Any]:
-        """`count` steps; adds their losses to `total`; also the first not finite, or -1."""
-        bad = tf.constant(-1)
-        for i in tf.range(count):
-            taken = self.feed.take(source, i)
-            losses = self.strategy.run(self._run, (taken, seed, step + i, packed))
-            loss = tf.cast(self.strategy.experimental_local_results(losses)[0], tf.float64)
-            bad = tf.where((bad < 0) & ~tf.math.is_finite(loss), i, bad)
-            total += loss
-        return total, bad
-
-    def _evaluate(self, source: Any, part: str) -> tuple[Any, Any]:
-        """Returns the sums of losses and of hits over a part."""
-        loss, hits = tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64)
-        for i in tf.range(self.feed.blocks(part)):
-            taken = self.feed.block(source, i)
-            results = self.strategy.run(self._run_evaluation, (taken, part))
-            sums = [self.strategy.reduce(tf.distribute.ReduceOp.SUM, r, None) for r in results]
-            loss, hits = loss + sums[0], hits + sums[1]
-        return loss, hits
-
-    def _evaluate_step(self, taken: Any, part: str) -> tuple[Any, Any]:
-        x, y, inside = self.feed.examples(taken, part)
-        inside, outputs = tf.cast(inside, tf.float64), self._outputs(x, training=False)
-        return tuple(
-            tf.reduce_sum(tf.cast(each, tf.float64) * inside)
-            for each in (self.task.losses(y, outputs), self.task.hits(y, outputs))
-        )
-
-    # --- On the host ---
+        self.engines = Engines(self.setup, execution)
+        self.engine = self.engines.of(Decision())
 
     def evaluate(self, part: str) -> tuple[float, float]:
         """Returns mean loss and the task's metric on 'train', 'validation' or 'test'."""
-        with self.feed.reading(), distribute.lost():
-            loss, hits = self._evaluation(self.feed.part(part), part)
-        return float(loss) / self.feed.sizes[part], float(hits) / self.feed.sizes[part]
+        loss, hits = self.engine.evaluate(part)
+        return loss / self.feed.sizes[part], hits / self.feed.sizes[part]
 
     def train(
         self,
@@ -237,34 +173,53 @@ class Trainer:
             pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
         hooks.on_train_begin()
         began = time.perf_counter()
+        decision = Decision.of(state.decision) if state else self.engines.choose(mask, weights)
         course = _Course(
-            State(start, start, 0.0, [], 0.0), stop, seed, hooks,
+            State(start, start, 0.0, [], 0.0, decision=dataclasses.asdict(decision)), stop, seed,
+            hooks, any(getattr(each, "looks", True) for each in callbacks),
             lambda step: [capture, *(ask(step) for ask in asking)], keep, asked, began,
         )  # fmt: skip
         if state:
             course.state = dataclasses.replace(state, rows=list(state.rows))
             course.began -= state.seconds
             states.restore(state, self.model, self.optimizer, self.strategy)
-        else:
+        self.engine = self.engines.of(decision)
+        self._take_over()
+        if not state:
             self._row(course, None, last=stop == start)
         while course.state.step < stop and not self.model.stop_training:
-            self._block(course)
+            self._block(course, capture)
+        if not course.looked_at:
+            self.engine.sync()
         pruning.check(self.model, self.optimizer)
         hooks.on_train_end()
         values = {name: v.numpy() for name, v in pruning.weights(self.model).items()}
         rows = list(course.state.rows)
-        return Trained(values, rows, rewind.captured, pruning.get_mask(self.model))
+        return Trained(values, rows, rewind.captured, pruning.get_mask(self.model), decision)
 
-    def _block(self, course: _Course) -> None:
+    def _take_over(self) -> None:
+        """Has the engine go on from the variables, under the mask in force."""
+        self.engine.begin(pruning.get_mask(self.model))
+        self._mask_number = pruning.masks_set(self.model)
+
+    def _tell(self, course: _Course, event: str, *given: Any) -> None:
+        """Tells callbacks of an event; those of people's own may look at variables or set them."""
+        if course.looked_at:
+            self.engine.sync()
+        getattr(course.hooks, event)(*given)
+        if course.looked_at and self.engine.apart:
+            self._take_over()
+
+    def _block(self, course: _Course, capture: int | None) -> None:
         """Goes on to the next boundary, in pieces of some seconds, and does what is due there."""
-        state, hooks, every = course.state, course.hooks, self.spec.eval_every
+        state, every = course.state, self.spec.eval_every
         if state.step == state.since:
-            hooks.on_epoch_begin(len(state.rows) - 1)
+            self._tell(course, "on_epoch_begin", len(state.rows) - 1)
         most = state.since + ((state.step - state.since) // CHUNK + 1) * CHUNK
         end = schedules.next_boundary(
             state.step, course.stop, every=[every], at=[most, *course.boundaries(state.step)]
         )
-        hooks.on_train_batch_begin(state.step)
+        self._tell(course, "on_train_batch_begin", state.step)
         while True:
             piece = schedules.next_boundary(
                 state.step, end, every=[self.spec.checkpoint_every], at=[state.step + self._pace]
@@ -275,7 +230,9 @@ class Trainer:
                 break
             self._pause(course, stops)
         loss = state.total / (state.step - state.since)
-        hooks.on_train_batch_end(state.step - 1, {"loss": loss, "step": state.step})
+        if state.step == capture and not course.looked_at:
+            self.engine.sync()
+        self._tell(course, "on_train_batch_end", state.step - 1, {"loss": loss, "step": state.step})
         last = state.step == course.stop or bool(self.model.stop_training)
         if state.step % every == 0 or last:
             self._row(course, loss, last)
@@ -289,6 +246,7 @@ class Trainer:
         if state.step == course.stop:
             return
         if course.keep and (stops or (every and state.step % every == 0)):
+            self.engine.sync()
             course.keep(
                 dataclasses.replace(
                     state,
@@ -315,14 +273,10 @@ class Trainer:
         Raises:
           DivergedError: a loss is NaN or infinite; names the step.
         """
-        self._follow_mask()
-        # As tensors: a graph would be traced for each number that is a Python one.
-        numbers = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
+        if pruning.masks_set(self.model) != self._mask_number:
+            self._take_over()
         began = time.perf_counter()
-        with self.feed.reading(), distribute.lost():
-            source = self.feed.begin(step, end, seed)
-            sums = self._chunk(source, *numbers, tf.constant(total, tf.float64), self._packed)
-        total, bad = float(sums[0]), int(sums[1])
+        total, bad = self.engine.advance(step, end, seed, total)
         if bad >= 0:
             raise DivergedError(
                 f"the training loss is not finite at step {step + bad}; lower "
@@ -334,12 +288,6 @@ class Trainer:
         elif seconds > _SECONDS:
             self._pace = max(self._pace // 2, 1)
         return total
-
-    def _follow_mask(self) -> None:
-        """Renews what was made for a mask, where another one was set since."""
-        if (number := pruning.masks_set(self.model)) != self._mask_number:
-            self._packed = self.reduction.entries(pruning.get_mask(self.model))
-            self._mask_number = number
 
     def _stops(self, asked: Callable[[], bool]) -> bool:
         """Whether any worker is asked to stop; all get the chief's pace, too."""
@@ -376,7 +324,7 @@ class Trainer:
         row["seconds"] = course.seconds()
         rows.append(row)
         if loss is not None:
-            course.hooks.on_epoch_end(len(rows) - 2, dict(row))
+            self._tell(course, "on_epoch_end", len(rows) - 2, dict(row))
 
     def _current_rate(self) -> float:
         optimizer = pruning.inner_optimizer(self.optimizer)
@@ -384,16 +332,3 @@ class Trainer:
         value = rate(optimizer.iterations) if callable(rate) else rate
         return float(keras.backend.get_value(value))
 
-
-def _compiles(spec: Spec, replicas: int, model: Any) -> bool:
-    """Whether XLA helps here; on CPUs it makes convolutions slower, in a loop 100-fold."""
-    if replicas > 1:  # steps that replicas add gradients up in are not for XLA
-        if spec.compile == "on":
-            raise UserError(
-                f"compile=on does not work where {replicas} replicas share a batch; use auto"
-            )
-        return False
-    if spec.compile != "auto":
-        return spec.compile == "on"
-    gpu = bool(tf.config.list_logical_devices("GPU"))
-    return gpu or "conv" not in pruning.kinds(model).values()
