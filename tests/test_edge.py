@@ -176,21 +176,21 @@ def test_ctrl_c_keeps_the_state_and_a_rerun_ends_alike(monkeypatch, tmp_path):
     )  # fmt: skip
     data, before = datasets.load("digits"), signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    original = laboratory.Summaries.on_epoch_end
+    original = laboratory.Trainer.advance
 
-    def press(self, epoch, logs=None):
-        original(self, epoch, logs)
-        if logs["step"] == 100:
+    def press(self, step, *rest):
+        if step == 100:
             os.kill(os.getpid(), signal.SIGINT)
+        return original(self, step, *rest)
 
-    monkeypatch.setattr(laboratory.Summaries, "on_epoch_end", press)
+    monkeypatch.setattr(laboratory.Trainer, "advance", press)
     try:
         with pytest.raises(KeyboardInterrupt, match="stopped at step 150 of 200, whose state is k"):
             experiments.run(spec, tmp_path / "a", data)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(list((tmp_path / "a").rglob("checkpoint_*"))) == 1
-    monkeypatch.setattr(laboratory.Summaries, "on_epoch_end", original)
+    monkeypatch.setattr(laboratory.Trainer, "advance", original)
     for name in "ab":
         experiments.run(spec, tmp_path / name, data)
     one, other = (

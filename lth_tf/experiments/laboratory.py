@@ -27,7 +27,7 @@ from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS, TiedScores, ties
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket, load_ticket, save_trained
-from lth_tf.training import Trained, Trainer, checkpoints
+from lth_tf.training import State, Trained, Trainer, checkpoints
 
 TRAINED = "trained.safetensors"
 
@@ -216,12 +216,16 @@ class Laboratory:
         logs = folder / "tensorboard"
         if any(logs.glob("events.*")):
             return
-        with storage.explained(logs), os_errors():
-            bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
-            summaries.write(logs, ticket.mask, rows, bytes_per_step=bytes_per_step)
+        self._log(logs, ticket, rows)
         what = f"replicate {ticket.origin['replicate']} level {ticket.level} {ticket.origin['arm']}"
         lost = "; histograms are lost" if self.spec.histograms else ""
         self.say(f"{what}: its TensorBoard logs were gone: made anew of metrics.csv{lost}")
+
+    def _log(self, logs: Path, ticket: Ticket, rows: list[dict[str, Any]]) -> None:
+        """Writes TensorBoard logs of evaluations, the first one before the first step or known."""
+        with storage.explained(logs), os_errors():
+            bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
+            summaries.write(logs, ticket.mask, rows, bytes_per_step=bytes_per_step)
 
     def _train(
         self, folder: Path, ticket: Ticket, start: int, stop: int, capture: int | None, what: str
@@ -238,12 +242,14 @@ class Laboratory:
         state = checkpoints.put_together(dict(variables), about) if about else None
         callbacks: list[Any] = []
         bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
-        if self.workers.chief:
-            if state is None:
-                shutil.rmtree(logs, ignore_errors=True)
+        if self.workers.chief and state is None:
+            shutil.rmtree(logs, ignore_errors=True)
+        live = self.spec.histograms
+        if self.workers.chief and live:
             callbacks.append(
                 Summaries(logs, histograms=self.spec.histograms, bytes_per_step=bytes_per_step)
             )
+        logged = len(state.rows) - 1 if state else 0
         if self.progress:
             if bytes_per_step:
                 replicas = self.trainer.strategy.num_replicas_in_sync
@@ -260,8 +266,15 @@ class Laboratory:
             at = dataclasses.replace(ticket, weights=weights, rewind_step=capture or 0)
             self.write(lambda: at.save(point))
 
+        def keep(state: State) -> None:
+            nonlocal logged
+            self.write(lambda: checkpoints.save(folder, state, ticket))
+            if not live and len(state.rows) - 1 > logged:
+                self.write(lambda: self._log(logs, ticket, list(state.rows[logged:])))
+                logged = len(state.rows) - 1
+
         with storage.explained(logs), os_errors(), self.asked.patiently():
-            return self.trainer.train(
+            trained = self.trainer.train(
                 ticket.weights,
                 ticket.mask,
                 start,
@@ -271,9 +284,13 @@ class Laboratory:
                 captured=captured,
                 callbacks=callbacks,
                 state=state,
-                keep=lambda state: self.write(lambda: checkpoints.save(folder, state, ticket)),
+                keep=keep,
                 asked=self.asked,
             )
+        if not live:  # all in one file, whatever a training that was interrupted has left
+            self.write(lambda: shutil.rmtree(logs, ignore_errors=True))
+            self.write(lambda: self._log(logs, ticket, trained.rows))
+        return trained
 
     def _save(self, folder: Path, ticket: Ticket, trained: Trained) -> None:
         metric = self.trainer.task.metric
