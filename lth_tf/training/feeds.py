@@ -163,6 +163,7 @@ class Resident:
     Attributes:
       sizes: 'train', 'validation' and 'test' -> number of examples.
       loops: whether XLA can compile a loop over steps.
+      most: steps that `begin` has room for.
 
     Raises:
       UserError: too few training examples.
@@ -175,7 +176,7 @@ class Resident:
         parts = split(dataset, spec.validation_size, spec.seed)
         self.sizes = {name: len(labels) for name, (_, labels) in parts.items()}
         self._parts = {name: on_devices(arrays, strategy) for name, arrays in parts.items()}
-        self._most = min(CHUNK, spec.eval_every)
+        self.most = max(CHUNK // spec.eval_every * spec.eval_every, min(CHUNK, spec.eval_every))
 
     def begin(self, step: int, end: int, seed: int) -> tuple:
         """Returns what the graph needs for the steps step .. end - 1.
@@ -185,10 +186,11 @@ class Resident:
           seed: of the order of examples.
         """
         # One shape for all blocks, or XLA compiles again.
-        indices = np.zeros((self._most, self.spec.batch_size), np.int32)
-        indices[: end - step] = batch_indices(
-            seed, step, end - step, self.sizes["train"], self.spec.batch_size
-        )
+        indices = np.zeros((self.most, self.spec.batch_size), np.int32)
+        if end > step:
+            indices[: end - step] = batch_indices(
+                seed, step, end - step, self.sizes["train"], self.spec.batch_size
+            )
         return (*self._parts["train"], tf.constant(indices))
 
     def take(self, source: tuple, i: Any) -> tuple:
@@ -251,6 +253,7 @@ class Streaming:
     """
 
     loops = False
+    most = CHUNK
 
     def __init__(self, dataset: Streamed, spec: Spec, strategy: Any):
         self.dataset, self.spec, self.strategy = dataset, spec, strategy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from lth_tf import distribute, pruning
@@ -50,6 +51,7 @@ class Graph:
 
     Attributes:
       apart: whether it has memory of its own.
+      blocks: whether it has the method `course`, too.
 
     Raises:
       UserError: XLA is asked for where it does not work.
@@ -64,9 +66,13 @@ class Graph:
         self._packed: Any = None
         compiled = compiles(self.spec, self.strategy.num_replicas_in_sync, self.model)
         loops = compiled and self.feed.loops
-        # Without AutoGraph, which would take longer to read the loop than XLA to compile it.
+        # With a scaled loss steps may be left out, and the learning rate is that of another one.
+        scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
+        self.blocks = loops and not scaled
+        # Without AutoGraph, which would take longer to read the loop than XLA to compile it. One
+        # executable does everything where evaluations are part of it.
         self.steps = tf.function(
-            self._steps,
+            self._blocks if self.blocks else self._steps,
             jit_compile=loops,
             autograph=False,
             # A graph for each number of entries that replicas add up would be one for each level.
@@ -105,18 +111,53 @@ class Graph:
           not depend on how many calls there are; and which of them is the first that is not
           finite, counted from `step`, or -1.
         """
-        # As tensors: a graph would be traced for each number that is a Python one.
-        numbers = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
+        if self.blocks:
+            _, total, bad = self._called(step, end, seed, total)
+            return total, bad
         with self.feed.reading(), distribute.lost():
             source = self.feed.begin(step, end, seed)
-            sums = self.steps(source, *numbers, tf.constant(total, tf.float64), self._packed)
+            sums = self.steps(source, *_numbers(step, end, seed, total), self._packed)
         return float(sums[0]), int(sums[1])
+
+    def _called(
+        self, step: int, end: int, seed: int, total: float, best: float | None = None
+    ) -> tuple[Any, float, int]:
+        """What `_blocks` returns, without evaluations where there is no `best`."""
+        parts = self.feed.part("validation"), self.feed.part("test")
+        evaluates = tf.constant(best is not None), tf.constant(best or 0.0, tf.float64)
+        source = self.feed.begin(step, end, seed)
+        numbers = _numbers(step, end, seed, total)
+        rows, total, bad = self.steps(source, *numbers, self._packed, parts, *evaluates)
+        return rows, float(total), int(bad)
 
     def evaluate(self, part: str) -> tuple[float, float]:
         """Returns the sums of losses and of hits on 'train', 'validation' or 'test'."""
+        if self.blocks and part != "train":  # an executable less
+            (_, *sums, _), *_ = self._called(0, 0, 0, 0.0, math.inf)[0].numpy().tolist()
+            return tuple(sums[:2] if part == "validation" else sums[2:])
         with self.feed.reading(), distribute.lost():
             loss, hits = self.sums(self.feed.part(part), part)
         return float(loss), float(hits)
+
+    def course(
+        self, step: int, end: int, seed: int, best: float
+    ) -> tuple[list[list[float]], int]:
+        """Does the steps step .. end - 1 with the evaluations that are due in one call.
+
+        Args:
+          step, end: multiples of `eval_every`, at most `feed.most` apart.
+          seed: of the order of examples.
+          best: the lowest mean validation loss so far.
+
+        Returns:
+          For each evaluation the sum of the losses of the steps before it; the sums of losses and
+          of hits on the validation part, and on the test part, NaN where its validation loss is
+          not the lowest so far. And the first step whose loss is not finite, counted from `step`,
+          or -1. A loss that is not finite ends it.
+        """
+        rows, _, bad = self._called(step, end, seed, 0.0, best)
+        rows = rows.numpy().tolist()
+        return [row for row in rows[: (end - step) // self.spec.eval_every] if row[5]], bad
 
     def sync(self) -> None:
         """Puts what training changed into the variables of model and optimizer: it is there."""
@@ -155,12 +196,15 @@ class Graph:
         return loss
 
     def _steps(
-        self, source: Any, count: Any, seed: Any, step: Any, total: Any, packed: Any
+        self, source: Any, count: Any, seed: Any, step: Any, total: Any, packed: Any, first: Any = 0
     ) -> tuple[Any, Any]:
-        """`count` steps; adds their losses to `total`; also the first not finite, or -1."""
+        """`count` steps; adds their losses to `total`; also the first not finite, or -1.
+
+        `first` is the position of `step` in `source`.
+        """
 
         def body(i: Any, total: Any, bad: Any) -> tuple[Any, Any, Any]:
-            taken = self.feed.take(source, i)
+            taken = self.feed.take(source, first + i)
             losses = self.strategy.run(self._run, (taken, seed, step + i, packed))
             loss = tf.cast(self.strategy.experimental_local_results(losses)[0], tf.float64)
             bad = tf.where((bad < 0) & ~tf.math.is_finite(loss), i, bad)
@@ -188,6 +232,49 @@ class Graph:
         )
         return loss, hits
 
+    def _blocks(
+        self, source: Any, count: Any, seed: Any, step: Any, total: Any, packed: Any, parts: Any,
+        evaluates: Any, best: Any,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """`count` steps, or one evaluation; if it `evaluates`, with a row for each that is due.
+
+        Returns float64 [most, 6], see `course`, the last column 1 where a row is written; the sum
+        of losses since the last row; and the first that is not finite, or -1.
+        """
+        every, sizes = self.spec.eval_every, self.feed.sizes
+        zero, nan = tf.constant(0.0, tf.float64), tf.constant(float("nan"), tf.float64)
+
+        def row(total: Any, best: Any) -> tuple[Any, Any]:
+            loss, hits = self._sums(parts[0], "validation")
+            mean = loss / sizes["validation"]
+            test = tf.cond(mean < best, lambda: self._sums(parts[1], "test"), lambda: (nan, nan))
+            return tf.stack([total, loss, hits, *test, zero + 1]), tf.minimum(best, mean)
+
+        def body(i: Any, at: Any, best: Any, total: Any, bad: Any, rows: Any) -> tuple[Any, ...]:
+            left = every - (step + i) % every
+            many = tf.minimum(left, count - i)
+            total, now = self._steps(source, many, seed, step + i, total, packed, i)
+            bad = tf.where((bad < 0) & (now >= 0), i + now, bad)
+            due = (evaluates & (many == left)) | (count == 0)
+            found, best = tf.cond(
+                due, lambda: row(total, best), lambda: (tf.zeros(6, tf.float64), best)
+            )
+            # What was not due is written over by the next.
+            rows = tf.tensor_scatter_nd_update(rows, [[at]], [found])
+            bad = tf.where((bad < 0) & due & ~tf.math.is_finite(found[1]), count, bad)
+            at, total = at + tf.cast(due, tf.int32), tf.where(due, zero, total)
+            return i + many, at, best, total, bad, rows
+
+        going = (
+            tf.constant(0), tf.constant(0), best, total, tf.constant(-1),
+            tf.zeros([self.feed.most // every + 1, 6], tf.float64),
+        )  # fmt: skip
+        _, _, _, total, bad, rows = tf.while_loop(
+            lambda i, at, best, total, bad, rows: (i < tf.maximum(count, 1 - at)) & (bad < 0),
+            body, going, parallel_iterations=1,
+        )  # fmt: skip
+        return rows, total, bad
+
     def _evaluation_step(self, taken: Any, part: str) -> tuple[Any, Any]:
         x, y, inside = self.feed.examples(taken, part)
         inside, outputs = tf.cast(inside, tf.float64), self._outputs(x, training=False)
@@ -195,6 +282,12 @@ class Graph:
             tf.reduce_sum(tf.cast(each, tf.float64) * inside)
             for each in (self.task.losses(y, outputs), self.task.hits(y, outputs))
         )
+
+
+def _numbers(step: int, end: int, seed: int, total: float) -> tuple[Any, ...]:
+    """As tensors: a graph would be traced for each number that is a Python one."""
+    steps = tf.constant(end - step), tf.constant(seed % 2**64, tf.uint64), tf.constant(step)
+    return *steps, tf.constant(total, tf.float64)
 
 
 def compiles(spec: Spec, replicas: int, model: Any) -> bool:

@@ -188,7 +188,8 @@ class Trainer:
         if not state:
             self._row(course, None, last=stop == start)
         while course.state.step < stop and not self.model.stop_training:
-            self._block(course, capture)
+            if not self._blocks(course):
+                self._block(course, capture)
         if not course.looked_at:
             self.engine.sync()
         pruning.check(self.model, self.optimizer)
@@ -209,6 +210,37 @@ class Trainer:
         getattr(course.hooks, event)(*given)
         if course.looked_at and self.engine.apart:
             self._take_over()
+
+    def _blocks(self, course: _Course) -> bool:
+        """Goes on by several evaluations at once, if nothing else is due; False: by none."""
+        state, every = course.state, self.spec.eval_every
+        if state.step != state.since or course.looked_at or not self.engine.blocks:
+            return False
+        end = schedules.next_boundary(
+            state.step, course.stop, every=[self.spec.checkpoint_every],
+            at=[state.step + min(self._pace, self.feed.most), *course.boundaries(state.step)],
+        )  # fmt: skip
+        end -= end % every
+        if state.step % every or end <= state.step:
+            return False
+        began, before = time.perf_counter(), course.seconds()
+        best = min([row["validation_loss"] for row in state.rows], default=math.inf)
+        found, bad = self.engine.course(state.step, end, course.seed, best)
+        self._require_finite(state.step, -1 if bad == end - state.step else bad)
+        self._keep_pace(time.perf_counter() - began)
+        each = (course.seconds() - before) / len(found)  # which took how long nobody knows
+        for i, (total, *sums) in enumerate(found, 1):
+            hooks, first = course.hooks, state.step
+            hooks.on_epoch_begin(len(state.rows) - 1)
+            hooks.on_train_batch_begin(first)
+            state.step, loss = first + every, total / every
+            hooks.on_train_batch_end(state.step - 1, {"loss": loss, "step": state.step})
+            sizes = [self.feed.sizes[part] for part in ("validation", "test") for _ in range(2)]
+            means = [value / size for value, size in zip(sums, sizes, strict=False)]
+            self._row(course, loss, state.step == course.stop, (*means, before + i * each))
+            state.since = state.step
+        self._pause(course, self._stops(course.asked))
+        return True
 
     def _block(self, course: _Course, capture: int | None) -> None:
         """Goes on to the next boundary, in pieces of some seconds, and does what is due there."""
@@ -277,17 +309,23 @@ class Trainer:
             self._take_over()
         began = time.perf_counter()
         total, bad = self.engine.advance(step, end, seed, total)
+        self._require_finite(step, bad)
+        self._keep_pace(time.perf_counter() - began)
+        return total
+
+    def _require_finite(self, step: int, bad: int) -> None:
         if bad >= 0:
             raise DivergedError(
                 f"the training loss is not finite at step {step + bad}; lower "
                 f"--learning_rate (now {self.spec.learning_rate:g}) or use --warmup_steps"
             )
-        seconds = time.perf_counter() - began
+
+    def _keep_pace(self, seconds: float) -> None:
+        """Has the next call do more or fewer steps, as the last one was quick or slow."""
         if seconds < _SECONDS / 5:
             self._pace = min(4 * self._pace, CHUNK)
         elif seconds > _SECONDS:
             self._pace = max(self._pace // 2, 1)
-        return total
 
     def _stops(self, asked: Callable[[], bool]) -> bool:
         """Whether any worker is asked to stop; all get the chief's pace, too."""
@@ -298,13 +336,19 @@ class Trainer:
         self._pace = int(pace)
         return stops > 0
 
-    def _row(self, course: _Course, loss: float | None, last: bool) -> None:
-        """Evaluates, and writes a row; `loss` is None at the beginning of a training."""
+    def _row(
+        self, course: _Course, loss: float | None, last: bool, found: Sequence[float] = ()
+    ) -> None:
+        """Evaluates, and writes a row; `loss` is None at the beginning of a training.
+
+        What was evaluated before is `found`: loss and metric on the validation part and on the
+        test part, NaN where that was not looked at, and the seconds.
+        """
         for variable in self._averaged:  # what is evaluated is what will be saved
             variable.assign(variable.read_value())
         rows: Any = course.state.rows
         step, metric = course.state.step, self.task.metric
-        validation_loss, validation_metric = self.evaluate("validation")
+        validation_loss, validation_metric = found[:2] or self.evaluate("validation")
         if not math.isfinite(validation_loss):
             raise DivergedError(
                 f"the validation loss is not finite at step {step}; lower --learning_rate (now "
@@ -317,18 +361,21 @@ class Trainer:
             f"validation_{metric}": validation_metric,
             "test_loss": None,
             f"test_{metric}": None,
-            "learning_rate": self._current_rate(),
+            "learning_rate": self._rate_at(step if found else None),
         }
         if last or all(validation_loss < r["validation_loss"] for r in rows):
-            row["test_loss"], row[f"test_{metric}"] = self.evaluate("test")
-        row["seconds"] = course.seconds()
+            seen = bool(found) and not math.isnan(found[3])
+            row["test_loss"], row[f"test_{metric}"] = found[2:4] if seen else self.evaluate("test")
+        row["seconds"] = found[4] if found else course.seconds()
         rows.append(row)
         if loss is not None:
             self._tell(course, "on_epoch_end", len(rows) - 2, dict(row))
 
-    def _current_rate(self) -> float:
+    def _rate_at(self, step: int | None) -> float:
+        """The learning rate now, or at a step."""
         optimizer = pruning.inner_optimizer(self.optimizer)
         rate = rate_of(optimizer)
-        value = rate(optimizer.iterations) if callable(rate) else rate
+        at = optimizer.iterations if step is None else step
+        value = rate(at) if callable(rate) else rate
         return float(keras.backend.get_value(value))
 
