@@ -130,6 +130,21 @@ def require_temporary() -> None:
         raise UserError(_of_the_system(error)) from error
 
 
+def path(given: str | os.PathLike, what: str) -> Path:
+    """Returns the path of a file.
+
+    Args:
+      given: by the user.
+      what: it is of, as a sentence begins: 'a ticket'.
+
+    Raises:
+      UserError: it is no path.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise UserError(f"{what} is read from its path, not from {type(given).__name__}")
+    return Path(given)
+
+
 def folder(given: str | os.PathLike) -> Path:
     """Returns the path of a folder as people write it: ~ is their home.
 

@@ -483,6 +483,12 @@ class Spec:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
 
 
+def require_spec(given: Any) -> None:
+    """Raises UserError for what is no `Spec`."""
+    if not isinstance(given, Spec):
+        raise UserError(f"spec must be a lth_tf.Spec, not {type(given).__name__}")
+
+
 def owners(name: str) -> list[str]:
     """Returns the recipes that have a field, where not all have it; else an empty list."""
     return [recipe for recipe, record in RECIPES.items() if name in record.fields]

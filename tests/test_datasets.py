@@ -536,6 +536,17 @@ def test_information_that_is_damaged(tiny, imagenet, tmp_path, own_cache, text):
         shutil.rmtree(tmp_path / name)
 
 
+@pytest.mark.parametrize("denied", ["mnist", "mnist/3.0.1"])
+def test_folders_that_may_not_be_read_are_not_absent(tiny, own_cache, monkeypatch, denied):
+    """To root nothing is denied, so that the system is asked in vain in many a container."""
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path) != str(tiny / denied) and access(path, mode)
+    )
+    with pytest.raises(UserError, match=f"{denied} cannot be read: permission denied"):
+        datasets.load("mnist", str(tiny))
+
+
 def test_records_that_were_replaced_are_another_entry(tiny, tmp_path, own_cache):
     """By others of the same size, and then with the same time."""
     shutil.copytree(tiny, tmp_path / "data")

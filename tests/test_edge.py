@@ -1,6 +1,7 @@
 """The outer edge: what a command meets in its surroundings, and what its users mistype."""
 
 import contextlib
+import inspect
 import io
 import os
 import pathlib
@@ -14,7 +15,20 @@ import numpy as np
 import pytest
 from test_tools import NETWORK, TINY, run
 
-from lth_tf import compat, datasets, edge, experiments, pruning, tickets
+import lth_tf
+from lth_tf import (
+    analysis,
+    callbacks,
+    compat,
+    datasets,
+    edge,
+    experiments,
+    exporters,
+    models,
+    pruning,
+    tickets,
+    training,
+)
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.experiments import laboratory
@@ -511,6 +525,44 @@ def test_a_ticket_is_taken_for_its_mask():
 def test_what_is_no_such_thing_is_told(call, message):
     with pytest.raises(UserError, match=message):
         call(pruning.prune(_network()))
+
+
+PARAMETERS = {"model", "spec", "path", "workdir", "ticket", "rows", "log_dir", "name"}
+WITHIN = {  # what only this package calls, with what it has made itself
+    "write_summary", "write_spec", "require_own", "sizes", "weighed", "read", "branch", "told",
+    "finished", "require_metrics", "save_trained",
+}  # fmt: skip
+
+
+def public():
+    """What people call: a name, the function, its parameters without a default."""
+    for room in (lth_tf, pruning, tickets, training, models, callbacks, exporters, analysis,
+                 experiments, datasets):  # fmt: skip
+        for name in getattr(room, "__all__", ["load"]):
+            value = getattr(room, name)
+            kinds = inspect.isfunction(value) or inspect.isclass(value)
+            if not kinds or name in WITHIN or issubclass(type(value), type) and issubclass(
+                value, (BaseException, tuple)
+            ):
+                continue
+            needed = [
+                p.name for p in inspect.signature(value).parameters.values()
+                if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+            ]  # fmt: skip
+            if needed and needed[0] in PARAMETERS:
+                yield pytest.param(value, len(needed), id=f"{room.__name__}.{name}")
+
+
+@pytest.mark.parametrize("call, count", list(public()))
+def test_no_public_function_fails_in_its_own_words(call, count):
+    """Where something else than what it takes is given for all that it needs."""
+    for junk in (None, 3, [1], object(), np.zeros(3), {"a": 1}, "nowhere"):
+        try:
+            call(*[junk] * count)
+        except UserError:
+            pass
+        except TypeError as error:
+            assert "missing" in str(error) and "keyword-only" in str(error)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

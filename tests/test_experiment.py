@@ -942,12 +942,25 @@ def test_a_workdir_remembers_its_threads_and_says_when_there_are_others(tmp_path
     assert f"TF_NUM_INTRAOP_THREADS={here + 3}" in said
     assert json.loads(path.read_text()) == {"threads": here + 3}  # what it was begun with
     assert "thread" not in (tmp_path / "spec.json").read_text() and b"thread" not in before
-    for damaged in ("", "[3]", '{"threads": "many"}', "[" * 100_000, '{"threads": 1e400}'):
+    for damaged in ("", "[3]", '{"threads": "many"}', "[" * 100_000, '{"threads": 1e400}', "{}",
+                    '{"threads": 0}', '{"threads": true}'):  # fmt: skip
         path.write_text(damaged)
-        assert workdirs.note_threads(tmp_path) == ""
+        with pytest.raises(UserError, match=r"threads.json' .*delete it"):
+            workdirs.note_threads(tmp_path)
     path.unlink()  # a workdir of before
     assert said_by(recwarn, tmp_path, levels=1) == []
     assert not path.exists()
+
+
+def test_a_trunk_of_other_threads_is_told(tmp_path, recwarn):
+    assert said_by(recwarn, tmp_path / "trunk", levels=0) == []
+    path, here = tmp_path / "trunk" / "threads.json", workdirs.threads()
+    path.write_text(json.dumps({"threads": here + 3}))
+    few = spec(train_steps=20, eval_every=20, controls=(), control_levels=(), levels=0)
+    recwarn.clear()
+    imp(few, tmp_path / "run", DIGITS, trunk=tmp_path / "trunk")
+    (said,) = [str(w.message) for w in recwarn if "thread" in str(w.message)]
+    assert "trunk' was begun with" in said and f"TF_NUM_INTRAOP_THREADS={here + 3}" in said
 
 
 def test_the_threads_are_those_that_tensorflow_takes(monkeypatch):

@@ -434,6 +434,11 @@ def test_old_masks_that_come_back_with_old_weights_are_noticed(tmp_path):
             lambda m: m.save(tmp_path / "m.h5"),
             lambda m: m.save(tmp_path / "m"),
             lambda m: m.save_weights(tmp_path / "m.weights.h5"),
+            lambda m: m.save_weights(tmp_path / "checkpoint"),
+            lambda m: m.fit(
+                X, Y, verbose=0,
+                callbacks=[keras.callbacks.ModelCheckpoint(tmp_path / "c", save_weights_only=True)],
+            ),
             lambda m: m.fit(X, Y, verbose=0, callbacks=[Density()]),
         ):
             with pytest.raises(InvariantError, match=r"30 of 30 weights instead.*Rewind.*accept"):
@@ -442,6 +447,7 @@ def test_old_masks_that_come_back_with_old_weights_are_noticed(tmp_path):
     model.set_weights(start)
     set_mask(model, get_mask(model))
     check(model)
+    model.save_weights(tmp_path / "w")  # in TensorFlow's format, and under the mask that was set
 
 
 def test_the_best_weights_of_the_last_mask():

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lth_tf import storage
+from lth_tf import edge, storage
 from lth_tf.errors import UserError
 from lth_tf.tasks import METRIC, metric_of
 from lth_tf.tickets import require_metrics, told, whose
@@ -28,6 +28,15 @@ def columns(metric: str = METRIC) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def require_rows(rows: Any, *names: str) -> None:
+    """Raises UserError unless something is a list of dicts that have these keys."""
+    if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
+        raise UserError(f"rows are a list of dicts, as they are read, not {type(rows).__name__}")
+    for row in rows:
+        if missing := [name for name in names if name not in row]:
+            raise UserError(f"a row has no {' and no '.join(missing)}, only {', '.join(row)}")
+
+
 def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Returns the evaluation with the lowest validation loss, the first of equals.
 
@@ -37,6 +46,7 @@ def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     >>> early_stop([{"step": 0, "validation_loss": 2.0}, {"step": 9, "validation_loss": 1.0}])
     {'step': 9, 'validation_loss': 1.0}
     """
+    require_rows(rows, "validation_loss")
     return min(rows, key=lambda row: row["validation_loss"])
 
 
@@ -162,7 +172,8 @@ def read_summary(workdir: Path) -> list[Row]:
       UserError: there is none, it is damaged, or says something else than the trainings that lie
         beside it.
     """
-    path, rows = Path(workdir) / "summary.csv", written(workdir)
+    workdir = edge.folder(workdir)
+    path, rows = workdir / "summary.csv", written(workdir)
     if strange := contradicting(workdir, rows):
         raise UserError(
             f"{str(path)!r} does not say what the trainings beside it say ({strange}); delete it "

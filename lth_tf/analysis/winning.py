@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lth_tf.analysis.summary import require_rows
 from lth_tf.tasks import METRIC, metric_of, task_of
 
 
@@ -48,7 +49,12 @@ class Winning:
 
 
 def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
-    """Groups summary rows by arm and level, dense first, then by falling density."""
+    """Groups summary rows by arm and level, dense first, then by falling density.
+
+    Raises:
+      UserError: they are not what `read_summary` returns.
+    """
+    require_rows(rows, "arm", "level", "replicate")
     metric = metric_of(rows[0] if rows else ())
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:

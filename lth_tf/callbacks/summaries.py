@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import masks, pruning
+from lth_tf import edge, masks, pruning
 from lth_tf.compat import keras, tf
 
 
@@ -33,7 +33,7 @@ class Summaries(keras.callbacks.Callback):
     ):
         super().__init__()
         self.bytes_per_step = bytes_per_step
-        self.log_dir, self.histograms = os.fspath(log_dir), histograms
+        self.log_dir, self.histograms = os.fspath(edge.folder(log_dir)), histograms
         self.looks = histograms
         self._writer: Any = None
 

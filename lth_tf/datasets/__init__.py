@@ -58,6 +58,14 @@ class Dataset:
 DATASETS: Registry[Callable[[str | None], Dataset | Streamed]] = Registry("data set")
 
 
+def require(given: Any) -> None:
+    """Raises UserError for what is no data set."""
+    if not isinstance(given, (Dataset, Streamed)):
+        raise UserError(
+            f"dataset must be what lth_tf.datasets.load returns, not {type(given).__name__}"
+        )
+
+
 def load(name: str, data_dir: str | None = None) -> Any:
     """Returns the data set of that name: a Dataset, or Streamed where that is too large.
 

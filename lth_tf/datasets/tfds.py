@@ -77,10 +77,26 @@ def resolve(data_dir: str | None) -> pathlib.Path:
 
 
 def prepared(folder: pathlib.Path) -> str | None:
-    """Returns the newest version ('3.0.1') that is prepared in `folder`, or None."""
+    """Returns the newest version ('3.0.1') that is prepared in `folder`, or None.
+
+    Raises:
+      UserError: the folder is there, and this user may not look into it.
+    """
+    _require_readable(folder)
     versions = [path.parent.name for path in folder.glob(f"*/{INFO}")]
     versions = [v for v in versions if re.fullmatch(r"\d+\.\d+\.\d+", v)]
     return max(versions, key=lambda v: [int(n) for n in v.split(".")], default=None)
+
+
+def _require_readable(folder: pathlib.Path) -> None:
+    """Raises UserError for a folder, or one in it, that is there and cannot be looked into."""
+    inner = [p for p in folder.iterdir() if p.is_dir()] if os.access(folder, os.R_OK) else []
+    for each in (folder, *inner):
+        if each.is_dir() and not os.access(each, os.R_OK | os.X_OK):
+            raise UserError(
+                f"the data in {each} cannot be read: permission denied; have its owner give it "
+                "(chmod -R a+rX), or choose another --data_dir"
+            )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import analysis, distribute, masks, models, pruning, storage
+from lth_tf import analysis, datasets, distribute, masks, models, pruning, storage
 from lth_tf.analysis import summary
 from lth_tf.callbacks import Summaries, summaries
 from lth_tf.compat import os_errors
@@ -25,7 +25,7 @@ from lth_tf.experiments.workdirs import read_training
 from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS, TiedScores, ties
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, require_spec
 from lth_tf.tickets import Ticket, load_ticket, save_trained
 from lth_tf.training import State, Trained, Trainer, checkpoints
 
@@ -66,6 +66,8 @@ class Laboratory:
         trains: bool = True,
         blueprint: models.Blueprint | None = None,
     ):
+        require_spec(spec)
+        datasets.require(dataset)
         self.spec, self.workdir, self.trunk, self.trains = spec, workdir, trunk, trains
         self.asked = asked or checkpoints.Asked()
         self.progress: Any = None

@@ -56,6 +56,7 @@ def plan(
       UserError: steps that are never come to, a density that cannot be reached, control
         levels that do not exist, or a control that such tickets cannot have.
     """
+    models.require_network(spec, input_shape, classes)
     spec.require_effect()
     recipe = RECIPES[spec.recipe]
     model = (blueprint or models.Blueprint(spec, input_shape, classes)).plain

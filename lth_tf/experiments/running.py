@@ -7,17 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lth_tf import distribute, edge, storage
+from lth_tf import datasets, distribute, edge, storage
 from lth_tf.analysis import summary
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.plans import Plan
 from lth_tf.experiments.trunk import require as require_trunk
-from lth_tf.experiments.workdirs import note_threads, require_own, write_spec
+from lth_tf.experiments.workdirs import note_threads, other_threads, require_own, write_spec
 from lth_tf.models import Blueprint
 from lth_tf.recipes import RECIPES
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, require_spec
 from lth_tf.training import checkpoints
 
 
@@ -60,6 +60,8 @@ def opened(
         # Only now: what was refused so far must not be what the workdir asks for from now on.
         said: list[str] = []
         lab.write(lambda: said.append(note_threads(work)))
+        if source and trains:
+            lab.write(lambda: said.append(other_threads(source)))
         lab.write(lambda: write_spec(work, spec))
         if progress and workers.chief:
             lab.progress = stack.enter_context(progress(lab.plan))
@@ -168,13 +170,9 @@ def one_shot(
 
 def _require(spec: Any, *dataset: Any) -> None:
     """Raises UserError for what is no spec or no data set."""
-    if not isinstance(spec, Spec):
-        raise UserError(f"spec must be a lth_tf.Spec, not {type(spec).__name__}")
+    require_spec(spec)
     for each in dataset:
-        if not hasattr(each, "input_shape"):
-            raise UserError(
-                f"dataset must be what lth_tf.datasets.load returns, not {type(each).__name__}"
-            )
+        datasets.require(each)
 
 
 def _require_recipe(spec: Spec, recipe: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import storage
+from lth_tf import edge, storage
 from lth_tf.analysis.summary import read_metrics
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
@@ -55,6 +55,7 @@ def write_spec(workdir: Path, spec: Spec) -> None:
 
 def read_spec(workdir: Path) -> Spec:
     """Returns the spec of a workdir; raises UserError where there is none or it is damaged."""
+    workdir = edge.folder(workdir)
     path = workdir / "spec.json"
     if not path.is_file():
         raise UserError(
@@ -83,24 +84,37 @@ def threads() -> int:
 def note_threads(workdir: Path) -> str:
     """Writes threads.json where nothing was computed yet; else says if there are others now.
 
-    It is no part of the experiment: its spec, digest and tickets know nothing of it. Of a
-    workdir without it nothing is known and nothing said.
+    It is no part of the experiment: its spec, digest and tickets know nothing of it.
 
     Returns:
       A sentence, or ''.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written, or is damaged.
+    """
+    if not any(workdir.glob("replicate_*")):
+        storage.write(workdir / "threads.json", json.dumps({"threads": threads()}) + "\n")
+        return ""
+    return other_threads(workdir)
+
+
+def other_threads(workdir: Path) -> str:
+    """Returns a sentence where a workdir was begun with other threads than there are now, or ''.
+
+    Of a workdir without threads.json nothing is known and nothing said.
+
+    Raises:
+      UserError: it is damaged.
     """
     path, here = workdir / "threads.json", threads()
-    if not any(workdir.glob("replicate_*")):
-        storage.write(path, json.dumps({"threads": here}) + "\n")
+    if not path.exists():
         return ""
-    try:
-        there = json.loads(path.read_text())["threads"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ""
-    if type(there) is not int or there == here:
+    values = storage.read_json(path)
+    remedy = "delete it: then nothing is said of the threads that the workdir was begun with"
+    with storage.reading(path, "is damaged", remedy):
+        there = values["threads"]
+        storage.require(storage.is_count(there) and there, f"threads is {there!r}")
+    if there == here:
         return ""
     return (
         f"{str(workdir)!r} was begun with {there} thread(s) for each operation, and now there are "

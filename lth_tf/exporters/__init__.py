@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import masks, pruning, storage
+from lth_tf import datasets, edge, masks, pruning, storage
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, scaling
 from lth_tf.errors import UserError
@@ -65,7 +65,12 @@ def export(
       InvariantError: a weight is not 0.0 where the mask is 0, or what was written is not
         the same network.
     """
-    exporter, folder = EXPORTERS[format], Path(target)
+    exporter, folder = EXPORTERS[format], edge.folder(target)
+    if not isinstance(ticket, Ticket):
+        raise UserError(
+            f"ticket must be a lth_tf.Ticket, as load_ticket returns, not {type(ticket).__name__}"
+        )
+    datasets.require(dataset)
     if os.path.lexists(folder):
         raise UserError(f"{str(folder)!r} exists; delete it or choose another name (--output)")
     weights = ticket.weights if trained is None else dict(trained)

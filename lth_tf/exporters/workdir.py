@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import experiments
+from lth_tf import edge, experiments
 from lth_tf.errors import UserError
 from lth_tf.tickets import Ticket, load_ticket, load_trained
 
@@ -27,7 +27,7 @@ def find(workdir: str | os.PathLike, replicate: int, level: int, branch: str | N
     Raises:
       UserError: no workdir, or no such training in it; names those that are finished.
     """
-    work = Path(workdir)
+    work = edge.folder(workdir)
     if not (work / "spec.json").is_file():
         raise UserError(
             f"{str(work)!r} is not a workdir: it has no spec.json; give the folder that lth-imp "

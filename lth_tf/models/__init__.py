@@ -25,7 +25,7 @@ from lth_tf.errors import UserError
 from lth_tf.models import parts, resnet, vgg
 from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, require_images
 from lth_tf.registry import Registry
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, require_spec
 
 __all__ = [
     "INITS", "MODELS", "Blueprint", "StatelessDropout", "Weights", "build", "initial_weights",
@@ -47,6 +47,7 @@ def build(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: int) -> 
     Raises:
       UserError: the spec changes an option (width, shortcut) that the network lacks.
     """
+    require_network(spec, input_shape, classes)
     builder = MODELS[spec.model]
     known = inspect.signature(builder).parameters
     options: dict[str, Any] = {"init": spec.init}
@@ -87,6 +88,7 @@ def plain_model(spec: Spec, input_shape: tuple[int, ...], classes: int, seed: in
     Args:
       spec, input_shape, classes, seed: see `build`.
     """
+    require_spec(spec)
     with policy("float64" if spec.precision == "float64" else "float32"):
         return build(spec, input_shape, classes, seed)
 
@@ -104,6 +106,16 @@ def initial_weights(
     return values, list(pruning.kernels(model))
 
 
+def require_network(spec: Any, input_shape: Any, classes: Any) -> None:
+    """Raises UserError for what no network can be built of: see `build`."""
+    require_spec(spec)
+    sizes = isinstance(input_shape, (tuple, list)) and [type(n) is int for n in input_shape]
+    if not sizes or not all(sizes):
+        raise UserError(f"input_shape must be a tuple of whole numbers, not {input_shape!r}")
+    if not isinstance(classes, (int, np.integer)) or classes < 1:
+        raise UserError(f"classes must be a whole number, at least 1, not {classes!r}")
+
+
 class Blueprint:
     """The network of an experiment, built once for all who look at it.
 
@@ -113,6 +125,7 @@ class Blueprint:
     """
 
     def __init__(self, spec: Spec, input_shape: tuple[int, ...], classes: int):
+        require_network(spec, input_shape, classes)
         self.spec, self.input_shape, self.classes = spec, tuple(input_shape), classes
         self._drawn: Weights | None = None
 

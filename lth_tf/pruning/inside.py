@@ -23,17 +23,36 @@ from lth_tf.compat import (
     Functional,
     RevivedLayer,
     from_saved_model,
+    is_keras_3,
     is_subclassed,
     keras,
     tf,
 )
+from lth_tf.errors import UserError
 
 # --- Layers and models -----------------------------------------------------------------
 
 
 def layers_within(layer: Any) -> list[Any]:
-    """Returns a layer and all layers in it, at any depth, each before those in it."""
+    """Returns a layer and all layers in it, at any depth, each before those in it.
+
+    Raises:
+      UserError: it is no layer or model of tf_keras.
+    """
+    require_layer(layer)
     return list(layer._flatten_layers())
+
+
+def require_layer(given: Any) -> None:
+    """Raises UserError unless something is a layer or model of tf_keras."""
+    if is_keras_3(given):
+        raise UserError(
+            f"{type(given).__name__} {getattr(given, 'name', '')!r} is a Keras 3 model; lth_tf "
+            "prunes tf_keras models: build it with `import tf_keras as keras` (or import lth_tf "
+            "before tensorflow.keras is touched), then copy the weights with set_weights"
+        )
+    if not isinstance(given, keras.layers.Layer):
+        raise UserError(f"lth_tf takes a tf_keras model, not {type(given).__name__}")
 
 
 def sublayers(layer: Any) -> list[Any]:

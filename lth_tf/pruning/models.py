@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lth_tf import masks
-from lth_tf.compat import is_keras_3, keras, tf
+from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.pruning import inside, selection, walls
@@ -100,12 +100,7 @@ def prune(model: Any, select: str | Sequence[str] | None = None, *, wall: bool =
 
 def require_model(model: Any) -> None:
     """Raises UserError unless `model` is a built tf_keras model, plain or pruned, with kernels."""
-    if is_keras_3(model):
-        raise UserError(
-            f"{type(model).__name__} {getattr(model, 'name', '')!r} is a Keras 3 model; lth_tf "
-            "prunes tf_keras models: build it with `import tf_keras as keras` (or import lth_tf "
-            "before tensorflow.keras is touched), then copy the weights with set_weights"
-        )
+    inside.require_layer(model)
     if not isinstance(model, keras.Model):
         raise UserError(f"lth_tf takes a tf_keras model, not {type(model).__name__}")
     unbuilt = [
@@ -227,7 +222,27 @@ def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
     for layer in _masked_layers(model):
         layer.put_up_walls()
         layer.note()
+    _guard(model)
     _SET[model] = masks_set(model) + 1
+
+
+def _guard(model: Any) -> None:
+    """Has `save_weights` save the masks only if they are those that were put in force.
+
+    TensorFlow's format asks no layer; those of Keras ask each `MaskedLayer` all the same.
+    """
+    original = model.save_weights
+    if hasattr(original, "guarded"):
+        return
+
+    @functools.wraps(original)
+    def save_weights(*args: Any, **kwargs: Any) -> Any:
+        for layer in _masked_layers(model):
+            layer.require_noted()
+        return original(*args, **kwargs)
+
+    save_weights.guarded = True  # type: ignore[attr-defined]
+    inside.set_untracked(model, "save_weights", save_weights)
 
 
 _SET: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -235,6 +250,7 @@ _SET: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 def optimizers_of(model: Any) -> list[Any]:
     """Returns the optimizers that a model has: the one it is compiled with, and attributes."""
+    inside.require_layer(model)
     held: list[Any] = []
     for value in vars(model).values():
         many = value.values() if isinstance(value, dict) else value
@@ -259,6 +275,7 @@ def _masked_layers(model: Any) -> list[MaskedLayer]:
 
 def masks_set(model: Any) -> int:
     """Returns how often `set_mask` has put a mask in force, for what depends on the mask."""
+    inside.require_layer(model)
     return _SET.get(model, 0)
 
 

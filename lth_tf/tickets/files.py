@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import masks, storage
+from lth_tf import edge, masks, storage
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 from lth_tf.tickets.ticket import Ticket, told
@@ -40,7 +40,7 @@ def load_ticket(path: str | os.PathLike) -> Ticket:
       OtherFile: it lies in a workdir, where another one belongs.
       UserError: the file is absent, truncated, altered or no ticket.
     """
-    path = Path(path)
+    path = edge.path(path, "a ticket")
     arrays, metadata = storage.read_tensors(path)
     if metadata.get("format") != "ticket":
         raise UserError(
@@ -138,7 +138,7 @@ def load_trained(
         format 2 and before tell level, replicate and arm only.
       UserError: as `load_ticket`.
     """
-    path = Path(path)
+    path = edge.path(path, "trained weights")
     arrays, metadata = storage.read_tensors(path)
     if metadata.get("format") != "trained":
         raise UserError(f"{os.fspath(path)!r} does not hold trained weights")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import distribute, models, pruning, schedules
+from lth_tf import datasets, distribute, models, pruning, schedules
 from lth_tf.callbacks import Rewind
 from lth_tf.compat import keras
 from lth_tf.datasets import Dataset, Streamed
@@ -19,7 +19,7 @@ from lth_tf.execution import WHOLE, Decision, Execution
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
 from lth_tf.pruning.inside import rate_of
-from lth_tf.spec import Spec
+from lth_tf.spec import Spec, require_spec
 from lth_tf.tasks import TASKS
 from lth_tf.training import feeds, states
 from lth_tf.training.engines import Engines
@@ -82,6 +82,8 @@ class Trainer:
         blueprint: models.Blueprint | None = None,
         execution: Execution = WHOLE,
     ):
+        require_spec(spec)
+        datasets.require(dataset)
         self.spec = spec
         self.dataset: Any = dataset
         self.input_shape = tuple(dataset.input_shape)
