@@ -107,7 +107,11 @@ def initial_weights(
 
 
 def require_network(spec: Any, input_shape: Any, classes: Any) -> None:
-    """Raises UserError for what no network can be built of: see `build`."""
+    """Raises UserError for what no network can be built of.
+
+    Args:
+      spec, input_shape, classes: see `build`.
+    """
     require_spec(spec)
     sizes = isinstance(input_shape, (tuple, list)) and [type(n) is int for n in input_shape]
     if not sizes or not all(sizes):
