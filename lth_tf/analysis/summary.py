@@ -34,7 +34,8 @@ def require_rows(rows: Any, *names: str) -> None:
         raise UserError(f"rows are a list of dicts, as they are read, not {type(rows).__name__}")
     for row in rows:
         if missing := [name for name in names if name not in row]:
-            raise UserError(f"a row has no {' and no '.join(missing)}, only {', '.join(map(str, row))}")
+            listed = ", ".join(map(str, row))
+            raise UserError(f"a row has no {' and no '.join(missing)}, only {listed}")
 
 
 def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
