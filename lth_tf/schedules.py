@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 
 from lth_tf.errors import UserError
 from lth_tf.registry import Registry
@@ -69,6 +68,8 @@ def level_densities(
         high = 1.0
         while whole(high) > target_density:
             high *= 2
+        import scipy.optimize  # half a second, for this alone
+
         last = scipy.optimize.brentq(lambda x: whole(x) - target_density, 0.0, high, xtol=1e-13)
         if abs(last - round(last)) < 1e-9:  # 0.8 ** 3 is not quite 0.512
             last = float(round(last))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import matplotlib.figure
 import rich.box
 from rich.table import Table
 
@@ -62,6 +61,8 @@ def comparison_figure(found: Comparison, path: Path) -> None:
     """
     factor, unit = task_of(found.metric).unit
     arms = list(dict.fromkeys(p.arm for points in found.methods.values() for p in points))
+    import matplotlib.figure  # a second, which not every command has to spend
+
     drawing = matplotlib.figure.Figure(figsize=(1 + 4.5 * len(arms), 4), layout="constrained")
     others = [c for m, c in COLOURS.items() if m not in found.methods] + ["#000000", "#F0E442"]
     unnamed = itertools.cycle(others)  # for variants such as 'grasp (rounds 100)'

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 
 from lth_tf import storage
@@ -51,6 +49,8 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
       UserError: the file cannot be written.
     """
     found = points(rows)
+    import matplotlib.figure  # a second, which not every command has to spend
+
     drawing = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
     panels = _panels(found[0].metric if found else METRIC)
     axes = drawing.subplots(1, len(panels))
@@ -89,6 +89,8 @@ def figure(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 def density_axis(ax: Any) -> None:
     """Makes the horizontal axis one of densities in %, logarithmic."""
     ax.set_xscale("log")
+    import matplotlib.ticker
+
     ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -96,7 +98,7 @@ def density_axis(ax: Any) -> None:
     ax.grid(alpha=0.3)
 
 
-def save(drawing: matplotlib.figure.Figure, path: Path) -> None:
+def save(drawing: Any, path: Path) -> None:
     """Writes a PNG; equal drawings give equal bytes."""
     content = io.BytesIO()
     drawing.savefig(content, format="png", dpi=120, metadata={"Software": None})
