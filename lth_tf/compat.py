@@ -91,6 +91,7 @@ def _brief() -> Iterator[None]:
         if absent:
             sys.modules.pop("keras", None)
         if collects:
+            gc.freeze()  # a million objects, through which each full collection would walk again
             gc.enable()
 
 

@@ -1,6 +1,12 @@
 """Four logical CPUs, so that distribution is tested everywhere."""
 
+import gc
+import os
+
 import pytest
+
+# Half of XLA's time: no test is about how well it optimises. For processes of tests, too.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -11,6 +17,7 @@ def pytest_collection():
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
     )
+    gc.set_threshold(50_000, 20, 100)  # graphs are made of many objects that stay
 
 
 # They begin first, so that none of them is left to one process at the end.
