@@ -1,8 +1,8 @@
 """Execution: how an experiment is computed, which is no part of what it is.
 
-Engine, compact training and threads decide about the bits of a training, or about its time, and
-not about its mathematics: so they are neither in a `Spec` nor in tickets and digests, but in a
-record of their own beside them.
+The engine decides about the time of a training and the last bits of its numbers, and not about
+its mathematics: so it is neither in a `Spec` nor in tickets and digests, but in a record of its own
+beside them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lth_tf.errors import UserError
+from lth_tf.registry import nearest
 
-ENGINES = ("auto", "tensorflow", "sparse")
-COMPACT = ("auto", "off")
+# Choice -> what it is, for --help.
+ENGINES = {
+    "tensorflow": "all weights, in a graph of TensorFlow",
+    "sparse": "the kept ones alone, in compiled code for CPUs (pip install lth_tf[sparse]), which "
+    "networks of dense layers can be trained with",
+    "auto": "sparse where that can be and is quicker, decided once for each training",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,32 +28,21 @@ class Execution:
     """What is asked for.
 
     Attributes:
-      engine: what computes the steps: 'tensorflow' all weights, in its own graph; 'sparse' the
-        kept ones alone, in compiled code (lth_tf[sparse]); 'auto' the quicker one, decided once
-        for each training.
-      compact_training: 'auto' leaves out of the graph what is dead, where that is quicker; 'off'.
-      threads: for each operation of a training (None: as many as there are cores).
-      live: whether TensorBoard logs are written at each evaluation, not at the end.
+      engine: what computes the steps, a key of ENGINES; None: what the workdir was begun with,
+        'tensorflow' for a new one.
 
     Raises:
-      UserError: an unknown choice, or less than one thread.
+      UserError: an unknown choice.
     """
 
-    engine: str = "auto"
-    compact_training: str = "auto"
-    threads: int | None = None
-    live: bool = False
+    engine: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("engine", ENGINES), ("compact_training", COMPACT)):
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"unknown {name} {value!r}; there are: {', '.join(choices)}")
-        whole = type(self.threads) is int and self.threads >= 1
-        if self.threads is not None and not whole:
-            raise UserError(f"threads {self.threads!r} is out of range; give 1 or more")
-
-
-WHOLE = Execution("tensorflow", "off")  # what everything was computed with before there were others
+        if self.engine is not None and self.engine not in ENGINES:
+            raise UserError(
+                f"unknown engine {self.engine!r}; there are: {', '.join(ENGINES)}."
+                f"{nearest(str(self.engine), list(ENGINES))}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +51,9 @@ class Decision:
 
     Attributes:
       engine: 'tensorflow' or 'sparse'.
-      compact: whether what is dead is left out.
-      threads: of the sparse engine; TensorFlow's are those of the process.
-      why: half a sentence for the plan and the record.
     """
 
     engine: str = "tensorflow"
-    compact: bool = False
-    threads: int = 1
-    why: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> Decision:

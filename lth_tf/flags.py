@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from lth_tf import edge
 from lth_tf.datasets import DATASETS
 from lth_tf.errors import UserError
+from lth_tf.execution import ENGINES
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.models import INITS, MODELS
 from lth_tf.recipes import RECIPES
@@ -138,6 +139,16 @@ def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **default
             f"that later flags win. One of: {', '.join(presets())}.",
             flag_values=values,
         )
+
+
+def define_engine() -> flags.FlagHolder:
+    """Defines --engine; returns what has its value."""
+    what = "; ".join(f"{name}: {text}" for name, text in ENGINES.items())
+    return flags.DEFINE_enum(
+        "engine", None, list(ENGINES),
+        f"What computes the steps of trainings. {what}. (default: what the workdir was begun with, "
+        "or tensorflow)",
+    )  # fmt: skip
 
 
 def _scorer_flags() -> dict[str, tuple[str, str]]:
@@ -361,7 +372,7 @@ _GROUPS = {
     ),
     "training": ("train_steps", "batch_size", "optimizer", "learning_rate", "lr_schedule"),
     "devices": (
-        "distribute", "devices", "workers", "precision", "compile", "sync_batch_norm",
+        "engine", "distribute", "devices", "workers", "precision", "compile", "sync_batch_norm",
         "communication", "worker_timeout",
     ),
     "output": ("workdir", "plan"),

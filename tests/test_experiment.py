@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import rich.console
 
-from lth_tf import analysis, datasets, experiments, masks, models, pruning, scopes, training
+from lth_tf import (
+    analysis,
+    datasets,
+    experiments,
+    masks,
+    models,
+    pruning,
+    scopes,
+    storage,
+    training,
+)
 from lth_tf.analysis.summary import columns, read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import imp, one_shot, plan, workdirs
@@ -932,8 +942,11 @@ def said_by(recwarn, workdir, **changes):
 
 def test_a_workdir_remembers_its_threads_and_says_when_there_are_others(tmp_path, recwarn):
     assert said_by(recwarn, tmp_path, levels=0) == []
-    path, here = tmp_path / "threads.json", workdirs.threads()
-    assert json.loads(path.read_text()) == {"threads": here}
+    path, here = tmp_path / "execution.json", workdirs.threads()
+    assert json.loads(path.read_text()) == {
+        "engine": "tensorflow", "format_number": storage.FORMAT, "threads": here,
+    }  # fmt: skip
+    path.rename(path := tmp_path / "threads.json")  # as it was called before there were engines
     before = (tmp_path / "spec.json").read_bytes()
     assert said_by(recwarn, tmp_path, levels=0) == []
     path.write_text(json.dumps({"threads": here + 3}))
@@ -946,7 +959,7 @@ def test_a_workdir_remembers_its_threads_and_says_when_there_are_others(tmp_path
                     '{"threads": 0}', '{"threads": true}'):  # fmt: skip
         path.write_text(damaged)
         with pytest.raises(UserError, match=r"threads.json' .*delete it"):
-            workdirs.note_threads(tmp_path)
+            workdirs.read_execution(tmp_path)
     path.unlink()  # a workdir of before
     assert said_by(recwarn, tmp_path, levels=1) == []
     assert not path.exists()
@@ -954,7 +967,7 @@ def test_a_workdir_remembers_its_threads_and_says_when_there_are_others(tmp_path
 
 def test_a_trunk_of_other_threads_is_told(tmp_path, recwarn):
     assert said_by(recwarn, tmp_path / "trunk", levels=0) == []
-    path, here = tmp_path / "trunk" / "threads.json", workdirs.threads()
+    path, here = tmp_path / "trunk" / "execution.json", workdirs.threads()
     path.write_text(json.dumps({"threads": here + 3}))
     few = spec(train_steps=20, eval_every=20, controls=(), control_levels=(), levels=0)
     recwarn.clear()

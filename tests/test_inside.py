@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lth_tf.compat import keras, tf
+from lth_tf.errors import UserError
 from lth_tf.pruning import inside as pruning
 from lth_tf.pruning import prune
 from lth_tf.scorers import inside as scorers
@@ -808,3 +809,25 @@ def test_pruning_unread():
     autograph = tf.__internal__.autograph
     marked = pruning.unread(call)
     assert autograph.tf_convert(marked, autograph.control_status_ctx()) is marked is call
+
+
+def test_pruning_require_layer():
+    keras_3 = pytest.importorskip("keras")
+    for one in (layers.Dense(1), keras.Sequential([layers.Dense(1)])):
+        pruning.require_layer(one)
+    with pytest.raises(UserError, match="Keras 3 model; lth_tf prunes tf_keras models"):
+        pruning.require_layer(keras_3.layers.Dense(1))
+    with pytest.raises(UserError, match="takes a tf_keras model, not str"):
+        pruning.require_layer("model")
+
+
+def test_pruning_is_chain():
+    chain = functional(layers.Dense(2), layers.ReLU())
+    assert pruning.is_chain(chain) and pruning.is_chain(prune(chain))
+    assert pruning.is_chain(keras.Sequential([keras.Input([3]), layers.Dense(1)]))
+    x = keras.Input([3])
+    y = layers.Dense(3)(x)
+    assert not pruning.is_chain(keras.Model(x, layers.Add()([x, y])))
+    assert not pruning.is_chain(keras.Model(x, [y, layers.ReLU()(y)]).layers[1])
+    twice = layers.Dense(3)
+    assert not pruning.is_chain(keras.Model(x, twice(twice(x))))

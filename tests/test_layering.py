@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A room is a module or a package of lth_tf; it knows rooms of the floors below, and no others.
 FLOORS = [
     {"compat", "errors", "masks"},
-    {"budgets", "edge", "execution", "pruning", "registry", "storage"},
-    {"schedules", "scopes", "tasks"},
+    {"budgets", "edge", "pruning", "registry", "storage"},
+    {"execution", "schedules", "scopes", "tasks"},
     {"callbacks", "recipes"},
     {"spec"},
     {"datasets", "distribute", "models", "tickets"},

@@ -11,6 +11,7 @@ with edge.importing():
 
     import lth_tf.flags
     from lth_tf import command
+    from lth_tf.execution import Execution
     from lth_tf.recipes import RECIPES
 
 
@@ -23,13 +24,16 @@ def experiment(recipe: str) -> Callable[[], None]:
         "data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR)."
     )
     trunk = flags.DEFINE_string("trunk", None, "Workdir whose dense network is the same.")
+    engine = lth_tf.flags.define_engine()
     plan = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
     if record.picks:
         flags.DEFINE_bool("score_only", False, "Write the tickets, and stop.")
 
     def main() -> None:
         spec = lth_tf.flags.spec_from_flags(recipe)
-        options = {"plan_only": plan.value, "trunk": trunk.value}
+        options = {
+            "plan_only": plan.value, "trunk": trunk.value, "execution": Execution(engine.value),
+        }  # fmt: skip
         if record.picks:
             options["score_only"] = flags.FLAGS.score_only
         command.run(spec, data_dir.value, workdir.value, **options)

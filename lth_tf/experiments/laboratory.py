@@ -18,6 +18,7 @@ from lth_tf.callbacks import Summaries, summaries
 from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
+from lth_tf.execution import Decision, Execution
 from lth_tf.experiments import picking, trunk
 from lth_tf.experiments.branches import branch
 from lth_tf.experiments.plans import plan
@@ -46,6 +47,7 @@ class Laboratory:
       trunk: another workdir, with the same dense network; see `trunk.take`.
       trains: whether tickets are to be trained, or only made.
       blueprint: of the network, where others look at it, too.
+      execution: what computes the trainings.
 
     Attributes:
       spec, workdir, trains: as given.
@@ -65,6 +67,7 @@ class Laboratory:
         trunk: Path | None = None,
         trains: bool = True,
         blueprint: models.Blueprint | None = None,
+        execution: Execution = Execution(),  # noqa: B008
     ):
         require_spec(spec)
         datasets.require(dataset)
@@ -73,7 +76,7 @@ class Laboratory:
         self.progress: Any = None
         self.blueprint = blueprint or models.Blueprint(spec, dataset.input_shape, dataset.classes)
         self.plan = plan(spec, dataset.input_shape, dataset.classes, self.blueprint)
-        self.trainer = Trainer(spec, dataset, strategy, self.blueprint)
+        self.trainer = Trainer(spec, dataset, strategy, self.blueprint, execution)
         self.workers = self.trainer.workers
         # Not read of summary.csv, in which anybody may have written.
         self.summary: list[dict[str, Any]]
@@ -297,7 +300,9 @@ class Laboratory:
     def _save(self, folder: Path, ticket: Ticket, trained: Trained) -> None:
         metric = self.trainer.task.metric
         digest = summary.write_metrics(folder / "metrics.csv", metric, trained.rows)
-        save_trained(folder / TRAINED, trained.weights, ticket, digest)
+        other = trained.decision != Decision()
+        decision = dataclasses.asdict(trained.decision) if other else None
+        save_trained(folder / TRAINED, trained.weights, ticket, digest, decision)
         checkpoints.clear(folder)
 
     def dense(self, replicate: int) -> Ticket:

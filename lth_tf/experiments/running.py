@@ -11,10 +11,17 @@ from lth_tf import datasets, distribute, edge, storage
 from lth_tf.analysis import summary
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
+from lth_tf.execution import Execution
 from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.plans import Plan
 from lth_tf.experiments.trunk import require as require_trunk
-from lth_tf.experiments.workdirs import note_threads, other_threads, require_own, write_spec
+from lth_tf.experiments.workdirs import (
+    note_execution,
+    other_threads,
+    require_own,
+    settled,
+    write_spec,
+)
 from lth_tf.models import Blueprint
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, require_spec
@@ -30,12 +37,14 @@ def opened(
     trunk: str | os.PathLike | None = None,
     trains: bool = True,
     blueprint: Blueprint | None = None,
+    execution: Execution = Execution(),  # noqa: B008
 ) -> Iterator[Laboratory]:
     """Within, the workdir is the spec's, locked; SIGTERM ends what is done at a checkpoint.
 
     Args:
       spec, workdir, dataset, trunk, trains, blueprint: see `Laboratory`.
       progress: given the plan, returns a `callbacks.progress.Progress`.
+      execution: what computes the trainings; see `workdirs.settled`.
     """
     work, spec = edge.folder(workdir), distribute.resolve(spec)
     strategy = distribute.strategy_of(spec)
@@ -51,15 +60,18 @@ def opened(
                 strange = summary.contradicting(work, summary.written(work))
             stack.enter_context(storage.lock(work))
             require_own(work, spec)
-            return {}, strange
+            return {}, [strange, settled(work, execution).engine]
 
         source = edge.folder(trunk) if trunk else None
-        _, strange = workers.share(own)
+        _, (strange, engine) = workers.share(own)
+        execution = Execution(engine)
         asked = stack.enter_context(checkpoints.terminations())
-        lab = Laboratory(spec, work, dataset, strategy, asked, source, trains, blueprint)
+        lab = Laboratory(
+            spec, work, dataset, strategy, asked, source, trains, blueprint, execution
+        )
         # Only now: what was refused so far must not be what the workdir asks for from now on.
         said: list[str] = []
-        lab.write(lambda: said.append(note_threads(work)))
+        lab.write(lambda: said.append(note_execution(work, execution)))
         if source and trains:
             lab.write(lambda: said.append(other_threads(source)))
         lab.write(lambda: write_spec(work, spec))
@@ -86,6 +98,7 @@ def run(
     score_only: bool = False,
     trunk: str | os.PathLike | None = None,
     blueprint: Blueprint | None = None,
+    execution: Execution = Execution(),  # noqa: B008
 ) -> list[dict[str, Any]]:
     """Does an experiment of any recipe. Started again on the same workdir it goes on.
 
@@ -97,6 +110,7 @@ def run(
       score_only: write tickets and stop; for recipes that pick before training.
       trunk: another workdir, whose dense network is the same and is not trained again.
       blueprint: of the network, where the caller has looked at it.
+      execution: what computes the trainings.
 
     Returns:
       The rows of summary.csv.
@@ -107,7 +121,9 @@ def run(
     """
     _require(spec, dataset)
     recipe = RECIPES[spec.recipe]
-    with opened(spec, workdir, dataset, progress, trunk, not score_only, blueprint) as lab:
+    with opened(
+        spec, workdir, dataset, progress, trunk, not score_only, blueprint, execution
+    ) as lab:
         for replicate in range(spec.replicates):
             recipe.steps(lab, replicate)
     return lab.summary
@@ -120,6 +136,7 @@ def imp(
     progress: Callable[[Plan], Any] | None = None,
     *,
     trunk: str | os.PathLike | None = None,
+    execution: Execution = Execution(),  # noqa: B008
 ) -> list[dict[str, Any]]:
     """Iterative magnitude pruning with rewinding, in all replicates, with controls.
 
@@ -128,7 +145,7 @@ def imp(
 
     Args:
       spec: the experiment, of the recipe 'imp'.
-      workdir, dataset, progress, trunk: as for `run`.
+      workdir, dataset, progress, trunk, execution: as for `run`.
 
     Returns:
       The rows of summary.csv.
@@ -137,7 +154,7 @@ def imp(
       UserError: a spec of another recipe; or as `run`.
     """
     _require_recipe(spec, "imp")
-    return run(spec, workdir, dataset, progress, trunk=trunk)
+    return run(spec, workdir, dataset, progress, trunk=trunk, execution=execution)
 
 
 def one_shot(
@@ -148,6 +165,7 @@ def one_shot(
     *,
     score_only: bool = False,
     trunk: str | os.PathLike | None = None,
+    execution: Execution = Execution(),  # noqa: B008
 ) -> list[dict[str, Any]]:
     """Pruning before training: a ticket of each density, picked from the initial weights.
 
@@ -156,7 +174,7 @@ def one_shot(
 
     Args:
       spec: the experiment, of the recipe 'one_shot'.
-      workdir, dataset, progress, score_only, trunk: as for `run`.
+      workdir, dataset, progress, score_only, trunk, execution: as for `run`.
 
     Returns:
       The rows of summary.csv.
@@ -165,7 +183,9 @@ def one_shot(
       UserError: a spec of another recipe; or as `run`.
     """
     _require_recipe(spec, "one_shot")
-    return run(spec, workdir, dataset, progress, score_only=score_only, trunk=trunk)
+    return run(
+        spec, workdir, dataset, progress, score_only=score_only, trunk=trunk, execution=execution
+    )
 
 
 def _require(spec: Any, *dataset: Any) -> None:

@@ -15,6 +15,7 @@ from lth_tf import edge, storage
 from lth_tf.analysis.summary import read_metrics
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
+from lth_tf.execution import ENGINES, Execution
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
 from lth_tf.tickets import Ticket, load_trained
@@ -81,10 +82,56 @@ def threads() -> int:
     )
 
 
-def note_threads(workdir: Path) -> str:
-    """Writes threads.json where nothing was computed yet; else says if there are others now.
+def read_execution(workdir: Path) -> tuple[str, int] | None:
+    """Returns the engine and the threads that a workdir was begun with; None: nothing is known.
+
+    Raises:
+      UserError: what tells it is damaged.
+    """
+    for name in ("execution.json", "threads.json"):  # the latter is of before there were engines
+        path = workdir / name
+        if not path.exists():
+            continue
+        values = storage.read_json(path)
+        storage.require_format(path, values.get("format_number"))
+        remedy = "delete it: then nothing is known of how the workdir was begun"
+        with storage.reading(path, "is damaged", remedy):
+            engine, count = values.get("engine", "tensorflow"), values["threads"]
+            storage.require(engine in ENGINES, f"engine is {engine!r}")
+            storage.require(storage.is_count(count) and count, f"threads is {count!r}")
+        return engine, count
+    return None
+
+
+def settled(workdir: Path, asked: Execution) -> Execution:
+    """Returns what a workdir is computed with, which is the same from its beginning on.
+
+    Args:
+      workdir: the folder.
+      asked: what the user wants.
+
+    Raises:
+      UserError: it was begun with something else.
+    """
+    if not any(workdir.glob("replicate_*")):
+        return Execution(asked.engine or "tensorflow")
+    there = (read_execution(workdir) or ("tensorflow", 0))[0]
+    if asked.engine not in (None, there):
+        raise UserError(
+            f"{str(workdir)!r} was begun with --engine={there}; give that, or leave it out, or "
+            f"choose another --workdir for --engine={asked.engine}"
+        )
+    return Execution(there)
+
+
+def note_execution(workdir: Path, execution: Execution) -> str:
+    """Writes execution.json where nothing was computed yet; else says if threads are others now.
 
     It is no part of the experiment: its spec, digest and tickets know nothing of it.
+
+    Args:
+      workdir: the folder.
+      execution: as `settled` returns it.
 
     Returns:
       A sentence, or ''.
@@ -92,28 +139,23 @@ def note_threads(workdir: Path) -> str:
     Raises:
       UserError: the file cannot be written, or is damaged.
     """
-    if not any(workdir.glob("replicate_*")):
-        storage.write(workdir / "threads.json", json.dumps({"threads": threads()}) + "\n")
-        return ""
-    return other_threads(workdir)
+    if any(workdir.glob("replicate_*")):
+        return other_threads(workdir)
+    values = {
+        "engine": execution.engine, "format_number": storage.FORMAT, "threads": threads()
+    }  # fmt: skip
+    storage.write(workdir / "execution.json", json.dumps(values) + "\n")
+    return ""
 
 
 def other_threads(workdir: Path) -> str:
     """Returns a sentence where a workdir was begun with other threads than there are now, or ''.
 
-    Of a workdir without threads.json nothing is known and nothing said.
-
     Raises:
-      UserError: it is damaged.
+      UserError: what tells it is damaged.
     """
-    path, here = workdir / "threads.json", threads()
-    if not path.exists():
-        return ""
-    values = storage.read_json(path)
-    remedy = "delete it: then nothing is said of the threads that the workdir was begun with"
-    with storage.reading(path, "is damaged", remedy):
-        there = values["threads"]
-        storage.require(storage.is_count(there) and there, f"threads is {there!r}")
+    here = threads()
+    there = (read_execution(workdir) or ("", here))[1]
     if there == here:
         return ""
     return (

@@ -70,6 +70,18 @@ def is_graph_network(layer: Any) -> bool:
     return isinstance(layer, keras.Model) and layer._is_graph_network
 
 
+def is_chain(model: Any) -> bool:
+    """Says whether each layer of a model takes in what the one before puts out, and no more."""
+    if not is_graph_network(model):
+        return False
+    configs = model.get_config()["layers"]
+    if isinstance(model, keras.Sequential):
+        return True
+    fed = [[[name for name, *_ in node] for node in each["inbound_nodes"]] for each in configs]
+    names = [each["name"] for each in configs]
+    return fed == [[], *([[name]] for name in names[:-1])]
+
+
 def is_tracked(model: Any, value: Any) -> bool:
     """Says whether an attribute's value is a layer, or a list or dict, that Keras tracks."""
     return any(value is tracked for tracked in model._self_tracked_trackables)

@@ -96,8 +96,9 @@ def _whole(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> Tic
 
 
 def save_trained(
-    path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket, metrics: str | None = None
-) -> None:
+    path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket, metrics: str | None = None,
+    decision: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Writes the weights that a ticket's training ended with.
 
     Args:
@@ -105,6 +106,7 @@ def save_trained(
       weights: path in the model -> array.
       ticket: whose they are.
       metrics: the digest of the training's metrics.csv, see `analysis.summary`.
+      decision: how they were computed, where it was not by the graph of all weights.
 
     Raises:
       UserError: the file cannot be written.
@@ -119,6 +121,7 @@ def save_trained(
             "origin": dict(ticket.origin),
             "ticket": ticket.digest,
             **({} if metrics is None else {"metrics": metrics}),
+            **({"decision": dict(decision)} if decision else {}),
         },
     )
 

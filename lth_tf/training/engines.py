@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lth_tf import masks
+from lth_tf.errors import UserError
 from lth_tf.execution import Decision, Execution
 from lth_tf.masks import Mask
-from lth_tf.models import Weights
+from lth_tf.training import sparse
 from lth_tf.training.graph import Graph, Setup
+
+BREAK_EVEN = 0.3  # density below which the sparse engine is quicker, see docs/measured.md
 
 
 class Engines:
@@ -16,21 +20,39 @@ class Engines:
     Args:
       setup: what trains.
       execution: what is asked for.
+
+    Raises:
+      UserError: an engine is asked for that cannot train this; says why.
     """
 
     def __init__(self, setup: Setup, execution: Execution):
-        self._setup, self._execution = setup, execution
-        self._graph = Graph(setup)
+        self._setup, self._asked = setup, execution.engine or "tensorflow"
+        self._made: dict[Decision, Any] = {Decision(): Graph(setup)}
+        if self._asked == "sparse":
+            self._require_sparse("engine=sparse cannot train this")
 
-    def choose(self, mask: Mask, weights: Weights) -> Decision:
+    def _require_sparse(self, what: str) -> None:
+        if why := sparse.unfit(self._setup):
+            raise UserError(f"{what}: {why}; or use --engine=tensorflow in a workdir of its own")
+
+    def choose(self, mask: Mask) -> Decision:
         """Returns how a training is computed, once and for all of it.
 
         Args:
           mask: kernel name -> 0/1 array, that it begins with.
-          weights: path -> array, all weights that it begins with.
         """
+        quicker = masks.density(mask) <= BREAK_EVEN and sparse.unfit(self._setup) is None
+        if self._asked == "sparse" or (self._asked == "auto" and quicker):
+            return Decision("sparse")
         return Decision()
 
     def of(self, decision: Decision) -> Any:
-        """Returns the engine that a decision names."""
-        return self._graph
+        """Returns the engine that a decision names.
+
+        Raises:
+          UserError: it was made on another machine, where this could be computed.
+        """
+        if decision not in self._made:
+            self._require_sparse("this training was begun with the sparse engine")
+            self._made[decision] = sparse.Sparse(self._setup)
+        return self._made[decision]

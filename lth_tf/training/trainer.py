@@ -15,7 +15,7 @@ from lth_tf.callbacks import Rewind
 from lth_tf.compat import keras
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
-from lth_tf.execution import WHOLE, Decision, Execution
+from lth_tf.execution import Decision, Execution
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
 from lth_tf.pruning.inside import rate_of
@@ -58,7 +58,7 @@ class Trainer:
       dataset: inputs and labels, in memory or streamed.
       strategy: the replicas to train on (default: what the spec asks for).
       blueprint: of the network, where others look at it, too.
-      execution: what computes it (default: the graph of all weights).
+      execution: what computes it.
 
     Attributes:
       model: the pruned model.
@@ -80,7 +80,7 @@ class Trainer:
         dataset: Dataset | Streamed,
         strategy: Any = None,
         blueprint: models.Blueprint | None = None,
-        execution: Execution = WHOLE,
+        execution: Execution = Execution(),  # noqa: B008
     ):
         require_spec(spec)
         datasets.require(dataset)
@@ -175,7 +175,7 @@ class Trainer:
             pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
         hooks.on_train_begin()
         began = time.perf_counter()
-        decision = Decision.of(state.decision) if state else self.engines.choose(mask, weights)
+        decision = Decision.of(state.decision) if state else self.engines.choose(mask)
         course = _Course(
             State(start, start, 0.0, [], 0.0, decision=dataclasses.asdict(decision)), stop, seed,
             hooks, any(getattr(each, "looks", True) for each in callbacks),
