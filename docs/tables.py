@@ -44,7 +44,10 @@ SECOND_HOUR = [
     (["budgets.py"], "exact numbers of weights, and which these are"),
     (["spec.py", "schedules.py"], "one experiment as a value; densities and rates over time"),
     (["scorers/network.py"], "a model as a function of its kernels, and what is differentiated"),
-    (["training/feeds.py", "training/trainer.py"], "batches that need no replay; the loop"),
+    (
+        ["training/feeds.py", "training/trainer.py", "training/graph.py"],
+        "batches that need no replay; the loop, and what computes it",
+    ),
     (["training/checkpoints.py"], "a state as a file"),
     (
         ["experiments/plans.py", "experiments/picking.py", "experiments/laboratory.py"],

@@ -59,3 +59,11 @@ class Decision:
     def of(cls, values: Mapping[str, Any] | None) -> Decision:
         """Returns the decision that a record tells; without one it is the graph of all weights."""
         return cls(**values) if values else cls()
+
+    @staticmethod
+    def is_told_by(values: Any) -> bool:
+        """Says whether that can be made of a record."""
+        if values is None:
+            return True
+        whole = isinstance(values, dict) and values.keys() == {"engine"}
+        return whole and values["engine"] in ("tensorflow", "sparse")

@@ -372,7 +372,7 @@ _GROUPS = {
     ),
     "training": ("train_steps", "batch_size", "optimizer", "learning_rate", "lr_schedule"),
     "devices": (
-        "engine", "distribute", "devices", "workers", "precision", "compile", "sync_batch_norm",
+        "distribute", "devices", "workers", "precision", "compile", "engine", "sync_batch_norm",
         "communication", "worker_timeout",
     ),
     "output": ("workdir", "plan"),

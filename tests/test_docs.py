@@ -295,7 +295,7 @@ SLURM = {"signal", "gpus-per-task"}
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
     known = {field.name for field in dataclasses.fields(Spec)} | SLURM
-    known |= {"preset", "flagfile", "compression", "help", "fisher_power"}
+    known |= {"preset", "flagfile", "compression", "engine", "help", "fisher_power"}
     known = known.union(*map(own_flags, TOOLS))
     for span in re.findall(r"`(--[a-z][^`]*)`", FENCED.sub("", PAGES[page])):
         name = re.match(r"--([\w-]+)", span)[1]

@@ -12,7 +12,7 @@ from lth_tf.errors import UserError
 from lth_tf.execution import Execution
 from lth_tf.models import MODELS
 from lth_tf.spec import Spec
-from lth_tf.training import DivergedError, Interrupted, Trainer, sparse
+from lth_tf.training import DivergedError, Interrupted, Trainer, checkpoints, sparse
 
 pytest.importorskip("numba", reason=f"numba is not installed: {sparse.INSTALL}")
 
@@ -196,6 +196,17 @@ def test_weights_are_captured_and_a_training_resumed_bit_for_bit():
     assert captured and resumed.decision.engine == "sparse"
     for name, w in whole.weights.items():
         assert w.tobytes() == resumed.weights[name].tobytes()
+
+
+@pytest.mark.parametrize("decision", [{"engine": "abacus"}, {"engine": []}, {}, [1], "sparse"])
+def test_a_checkpoint_of_no_known_engine_is_damaged(decision, tmp_path):
+    kept, said = [], []
+    with pytest.raises(Interrupted):
+        trained(Execution("sparse"), keep=kept.append, asked=lambda: True)
+    checkpoints.save(tmp_path, kept[0])
+    assert checkpoints.latest(tmp_path, said.append).decision == {"engine": "sparse"} and not said
+    checkpoints.save(tmp_path, dataclasses.replace(kept[0], decision=decision))
+    assert checkpoints.latest(tmp_path, said.append) is None and "its engine is" in said[0]
 
 
 def test_auto_is_decided_by_the_density():

@@ -15,6 +15,7 @@ import numpy as np
 
 from lth_tf import masks, storage
 from lth_tf.errors import UserError
+from lth_tf.execution import Decision
 from lth_tf.tickets import Ticket
 from lth_tf.training.states import Interrupted, State, require_rows
 
@@ -96,6 +97,7 @@ def _require_whole(path: Path, state: State) -> None:
     steps = [row["step"] for row in state.rows]
     in_order = bool(steps) and all(map(storage.is_count, steps)) and steps == sorted(set(steps))
     storage.require(in_order and steps[-1] <= state.since, "the evaluations")
+    storage.require(Decision.is_told_by(state.decision), f"its engine is {state.decision!r}")
 
 
 def _require_fits(state: State, ticket: Ticket, stop: int | None) -> None:
