@@ -1,12 +1,15 @@
 """The sparse engine: TensorFlow's training on the kept weights alone."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+import rich.console
 
 from lth_tf import datasets, experiments, masks, pruning, storage
+from lth_tf.callbacks.progress import Progress
 from lth_tf.compat import keras
 from lth_tf.errors import UserError
 from lth_tf.execution import Execution
@@ -261,6 +264,26 @@ def test_a_workdir_is_computed_with_the_engine_that_it_was_begun_with(tmp_path):
     experiments.imp(more, tmp_path / "sparse", DIGITS)
     (last,) = (tmp_path / "sparse").rglob("level_03/trained.safetensors")
     assert storage.read_tensors(last)[1]["decision"] == {"engine": "sparse"}
+
+
+@pytest.mark.parametrize(
+    "engine, model, said",
+    [
+        ("tensorflow", "lenet_12_9", None),
+        ("sparse", "lenet_12_9", "the sparse engine trains all networks"),
+        ("auto", "lenet_12_9", "the sparse engine trains networks of density 0.3 and below"),
+        ("auto", "conv2", "TensorFlow trains all networks, the sparse engine cannot: layer "),
+    ],
+)
+def test_the_user_is_told_what_trains(engine, model, said, tmp_path):
+    texts = io.StringIO()
+    console = rich.console.Console(file=texts, width=200)
+    s = spec(model=model, levels=0, train_steps=2)
+    experiments.imp(
+        s, tmp_path, DIGITS, lambda plan: Progress(console, plan.steps),
+        execution=Execution(engine),
+    )  # fmt: skip
+    assert said in texts.getvalue() if said else "engine" not in texts.getvalue()
 
 
 def test_an_unknown_engine_is_refused():

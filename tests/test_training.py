@@ -1,6 +1,9 @@
 """The loop against hand-written oracles, on one device and two."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -339,6 +342,35 @@ def test_blocks_of_any_length_and_any_seed_share_one_graph():
     trainer.train(*start(BASE), 0, 33)
     trainer.train(*start(BASE), 7, 20, seed=2**64 - 1)
     assert trainer.engine.steps.experimental_get_tracing_count() == 1
+
+
+COUNTED = """
+import numpy as np
+from lth_tf import datasets, pruning
+from lth_tf.spec import Spec
+from lth_tf.training import Trainer
+
+spec = Spec(
+    model="lenet_9_8", dataset="digits", validation_size=100, batch_size=20, train_steps=60,
+    eval_every=10, compile="on", distribute="none", checkpoint_every=7,
+)
+trainer = Trainer(spec, datasets.load("digits"))
+weights = {n: v.numpy() for n, v in pruning.weights(trainer.model).items()}
+for seed, half in enumerate((False, True)):
+    mask = {n: np.ones(v.shape) for n, v in pruning.kernels(trainer.model).items()}
+    mask["fc1/kernel"][::2] -= half
+    trainer._pace = 3
+    trainer.train(weights, mask, 4 * seed, 60, seed=seed, capture=33, keep=lambda state: None)
+"""
+
+
+def test_xla_compiles_once_whatever_the_calls_are(tmp_path):
+    """Traces do not show it: XLA's own cache has a file for each program that it compiled."""
+    flags = f"--tf_xla_persistent_cache_directory={tmp_path}"
+    subprocess.run(
+        [sys.executable, "-c", COUNTED], check=True, env={**os.environ, "TF_XLA_FLAGS": flags}
+    )
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_keras_own_callbacks_work():

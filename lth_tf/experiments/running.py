@@ -82,6 +82,8 @@ def opened(
                     f"{replicas} replicas share each batch of {spec.batch_size}; XLA compiles "
                     "nothing then"
                 )
+        if lab.progress and trains and (said_of := lab.trainer.engines.told()):
+            lab.progress.say(said_of)
         if strange and trains:
             lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
         for text in filter(None, said):

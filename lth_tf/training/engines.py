@@ -35,6 +35,16 @@ class Engines:
         if why := sparse.unfit(self._setup):
             raise UserError(f"{what}: {why}; or use --engine=tensorflow in a workdir of its own")
 
+    def told(self) -> str:
+        """Returns a sentence for the plan, or '' where TensorFlow computes everything."""
+        if self._asked == "sparse":
+            return "the sparse engine trains all networks, kept weights alone"
+        if self._asked == "auto":
+            if why := sparse.unfit(self._setup):
+                return f"TensorFlow trains all networks, the sparse engine cannot: {why}"
+            return f"the sparse engine trains networks of density {BREAK_EVEN:g} and below"
+        return ""
+
     def choose(self, mask: Mask) -> Decision:
         """Returns how a training is computed, once and for all of it.
 
