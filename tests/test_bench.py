@@ -1,6 +1,7 @@
 """What the benches of scale and of checkpoints report, and how one is added to lth-bench."""
 
 import dataclasses
+import importlib.util
 import inspect
 import io
 import json
@@ -13,6 +14,7 @@ from test_tools import run as run_tool
 from lth_tf import datasets
 from lth_tf.bench import MEASUREMENTS, Measurement
 from lth_tf.bench.checkpoints import checkpoints, checkpoints_table
+from lth_tf.bench.levels import levels, levels_table
 from lth_tf.bench.loops import train
 from lth_tf.bench.replicas import scale, scale_table
 from lth_tf.errors import UserError
@@ -70,3 +72,21 @@ def test_a_measurement_is_one_entry(monkeypatch, capsys):
 def test_a_measurement_asks_for_what_there_is_to_give(name):
     asked = set(inspect.signature(MEASUREMENTS[name].run).parameters)
     assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds"}
+
+
+def test_bench_of_levels():
+    small = Spec(
+        dataset="digits", model="lenet_20_10", validation_size=100, eval_every=3, compile="off"
+    )
+    result = levels(small, datasets.load("digits"), 6, 1)
+    engines = ["tensorflow", "sparse"] if importlib.util.find_spec("numba") else ["tensorflow"]
+    assert list(result["engines"]) == engines
+    for found in result["engines"].values():
+        assert list(found) == ["1.0", "0.5", "0.2", "0.1", "0.05", "0.036", "0.01"]
+        assert all(one["seconds"] > 0 and one["ratio"] > 0 for one in found.values())
+    assert result["engines"]["tensorflow"]["1.0"]["ratio"] == 1
+    texts = io.StringIO()
+    rich.console.Console(file=texts).print(levels_table(result))
+    assert "3.6%" in texts.getvalue() and all(engine in texts.getvalue() for engine in engines)
+    conv = dataclasses.replace(small, model="conv2")
+    assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow"]

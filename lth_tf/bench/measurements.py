@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lth_tf import datasets
-from lth_tf.bench import checkpoints, loops, replicas, scores, start, stream
+from lth_tf.bench import checkpoints, levels, loops, replicas, scores, start, stream
 from lth_tf.spec import Spec
 
 
@@ -34,6 +34,7 @@ class Measurement:
 
 MEASUREMENTS = {
     "train": Measurement(loops.train, loops.train_table),
+    "levels": Measurement(levels.levels, levels.levels_table),
     "start": Measurement(start.start, start.start_table),
     "scale": Measurement(replicas.scale, replicas.scale_table, before=replicas.two_replicas),
     "checkpoints": Measurement(checkpoints.checkpoints, checkpoints.checkpoints_table),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 from lth_tf.errors import UserError
 from lth_tf.masks import Scores
@@ -14,17 +15,18 @@ from lth_tf.spec import Spec
 from lth_tf.training import Trainer, Weights, initial_weights
 from lth_tf.training.feeds import CHUNK
 
-Contender = Callable[[], None]
+Contender = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
-def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
+def alternate(contenders: dict[Name, Contender], rounds: int) -> dict[Name, list[float]]:
     """Returns the seconds of each contender in each round; one unmeasured call comes first.
 
     In a round each runs once, so that whatever else the machine does hits all alike.
     """
     for run in contenders.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
             began = time.perf_counter()

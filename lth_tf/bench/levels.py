@@ -1,0 +1,86 @@
+"""How long a level takes as its density falls, on each engine."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import Any
+
+from rich.table import Table
+
+from lth_tf import masks
+from lth_tf.bench.rounds import Contender, alone, alternate, initial, ratio
+from lth_tf.datasets import Dataset, Streamed
+from lth_tf.errors import UserError
+from lth_tf.execution import ENGINES, Execution
+from lth_tf.masks import Mask
+from lth_tf.scopes import SCOPES
+from lth_tf.spec import Spec
+from lth_tf.training import Trainer
+
+DENSITIES = 1.0, 0.5, 0.2, 0.1, 0.05, 0.036, 0.01
+
+
+def levels(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
+    """Compares trainings at falling densities, evaluations included, with the dense one.
+
+    Masks are those of magnitude pruning at initialisation, of each kernel by itself.
+
+    Args:
+      spec: model, optimizer, batch size, precision, eval_every.
+      dataset: inputs and labels.
+      steps: of each training.
+      rounds: how often each is done.
+
+    Returns:
+      For each engine that can train the network: seconds and ratio by density, medians; a ratio
+      is that over the dense training in TensorFlow of the same round.
+    """
+    spec = alone(spec)
+    trainers: dict[str, Trainer] = {}
+    for engine in ENGINES:
+        if engine != "auto":
+            try:
+                trainers[engine] = Trainer(spec, dataset, execution=Execution(engine))
+            except UserError:
+                if engine == "tensorflow":  # the network itself cannot be trained so
+                    raise
+    weights, scores = initial(trainers["tensorflow"])
+
+    def training(trainer: Trainer, mask: Mask) -> Contender:
+        return functools.partial(trainer.train, masks.apply(mask, weights), mask, 0, steps)
+
+    contenders = {
+        (engine, density): training(
+            trainer,
+            SCOPES["layerwise"](scores, density)
+            if density < 1
+            else masks.ones({name: s.shape for name, s in scores.items()}),
+        )
+        for density in DENSITIES
+        for engine, trainer in trainers.items()
+    }
+    seconds = alternate(contenders, rounds)
+    dense = seconds["tensorflow", 1.0]
+    result: dict[str, Any] = {"model": spec.model, "dataset": spec.dataset, "engines": {}}
+    for engine in trainers:
+        result["engines"][engine] = {
+            str(density): {
+                "seconds": statistics.median(seconds[engine, density]),
+                "ratio": ratio(seconds[engine, density], dense),
+            }
+            for density in DENSITIES
+        }
+    return result
+
+
+def levels_table(result: dict[str, Any]) -> Table:
+    """Returns what `levels` returned as a table."""
+    table = Table(title=f"{result['model']} on {result['dataset']}: a level over the dense one")
+    table.add_column("density", justify="right")
+    for engine in result["engines"]:
+        table.add_column(engine, justify="right")
+    for density in DENSITIES:
+        found = (each[str(density)] for each in result["engines"].values())
+        table.add_row(f"{density:.1%}", *(f"{one['ratio']:.2f}" for one in found))
+    return table
