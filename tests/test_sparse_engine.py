@@ -304,6 +304,16 @@ def test_without_the_extra_the_command_to_install_it_is_said(monkeypatch):
         Trainer(SPEC, DIGITS, execution=Execution("sparse"))
 
 
+def test_compiled_code_is_kept_where_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("LTH_TF_CACHE", str(tmp_path / "cache"))
+    kept, other = sparse._folder("1"), sparse._folder("2")
+    assert kept == sparse._folder("1") != other and {kept.parent} == {tmp_path / "cache"}
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LTH_TF_CACHE", str(tmp_path / "file"))
+    alone = sparse._folder("1")
+    assert alone.is_dir() and tmp_path not in alone.parents and alone != sparse._folder("1")
+
+
 # --- In an experiment ---
 
 

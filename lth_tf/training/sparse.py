@@ -7,9 +7,14 @@ that its time falls with the density; in TensorFlow it is that of all weights. T
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +122,33 @@ def _activation(function: Any) -> str:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of compiled functions; numba keeps them in the cache folder.
-
-    By a folder for each version of that file, for numba does not see what it has inlined.
-    """
+    """The module of compiled functions."""
     import numba
 
-    path, settings = Path(__file__).with_name("kernels.py"), vars(numba.config)
-    version = hashlib.sha256(path.read_bytes() + numba.__version__.encode()).hexdigest()[:16]
+    settings = vars(numba.config)
     before = settings["CACHE_DIR"]
-    settings["CACHE_DIR"] = str(cache.folder() / f"numba-{version}")
+    settings["CACHE_DIR"] = str(_folder(numba.__version__))
     try:
         from lth_tf.training import kernels
     finally:
         settings["CACHE_DIR"] = before
     return kernels
+
+
+def _folder(version: str) -> Path:
+    """Where numba keeps what it has compiled: in the cache, or for this process only.
+
+    One for each version of numba and of that file, for numba does not see what it has inlined.
+    """
+    code = Path(__file__).with_name("kernels.py").read_bytes()
+    found = cache.folder() / f"numba-{hashlib.sha256(code + version.encode()).hexdigest()[:16]}"
+    with contextlib.suppress(OSError):
+        found.mkdir(parents=True, exist_ok=True)
+        if os.access(found, os.W_OK | os.X_OK):
+            return found
+    alone = tempfile.mkdtemp(prefix="lth_tf-numba-")  # without one numba raises
+    atexit.register(shutil.rmtree, alone, ignore_errors=True)
+    return Path(alone)
 
 
 class Sparse:
