@@ -10,7 +10,7 @@ import rich.console
 
 from lth_tf import datasets, experiments, masks, pruning, storage
 from lth_tf.callbacks.progress import Progress
-from lth_tf.compat import keras
+from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
 from lth_tf.execution import Execution
 from lth_tf.models import MODELS
@@ -96,6 +96,22 @@ def test_float32_is_near():
     assert far(one, other) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "momentum"])
+def test_slots_in_float32_differ_by_rounding_alone(name):
+    """Weights hardly show a beta that is a little off; slots do after a step."""
+    trainer = Trainer(spec(precision="float32", optimizer=name), DIGITS)
+    weights, mask = start(trainer)
+    ends = []
+    for engine in (trainer.engine, sparse.Sparse(trainer.setup)):
+        trainer.train(weights, mask, 0, 0)
+        engine.begin(mask)
+        engine.advance(0, 1, 3, 0.0)
+        engine.sync()
+        ends.append([v.numpy() for v in trainer.optimizer.variables])
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max(initial=0))
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_nothing_kept_and_nothing_pruned(density):
     (one, total, *_), (other, total_2, *_) = both(SPEC, density)
@@ -118,6 +134,51 @@ def test_activations_and_layers_without_bias(monkeypatch):
     monkeypatch.setitem(MODELS._entries, "chain", _chain)
     (one, total, *_), (other, total_2, *_) = both(spec(model="chain"), 0.6)
     assert far(one, other) < 1e-10 and abs(total - total_2) < 1e-9
+
+
+def _own_relu(x):
+    return tf.nn.leaky_relu(x)
+
+
+_own_relu.__name__ = "relu"
+OTHERS = {  # (layers before the last, why they are refused)
+    "slope": ([{"": "Dense"}, {"": "ReLU", "negative_slope": 0.1}], "negative_slope is not 0"),
+    "threshold": ([{"": "Dense"}, {"": "ReLU", "threshold": 1.0}], "threshold is not 0"),
+    "most": ([{"": "Dense"}, {"": "ReLU", "max_value": 6.0}], "max_value is not None"),
+    "own": ([{"": "Dense", "activation": _own_relu}], "activation test_sparse_engine.relu"),
+    "elu": ([{"": "Dense", "activation": "elu"}], "a Dense with activation elu"),
+    "kernels": ([{"": "Dense", "kernel_constraint": "max_norm"}], "kernel_constraint is not None"),
+    "biases": ([{"": "Dense", "bias_constraint": "non_neg"}], "bias_constraint is not None"),
+    "loss": ([{"": "Dense", "activity_regularizer": "l2"}], "activity_regularizer is not None"),
+    "frozen": ([{"": "Dense", "trainable": False}], "trainable is not True"),
+    "dtype": ([{"": "Dense", "dtype": "float64"}], "a Dense of float64"),
+    "order": ([{"": "Flatten", "data_format": "channels_first"}], "is not channels_last"),
+    "dropout": ([{"": "Dense"}, {"": "Dropout", "rate": 0.1}], "a Dropout"),
+    "flat": ([{"": "Dense"}, {"": "Flatten"}], "a Flatten"),
+    "twice": ([{"": "Activation", "activation": "tanh"}], "activation of nothing dense"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_layers_that_do_something_else_are_refused(case, monkeypatch):
+    """Each would be trained as if it were a plain one."""
+    others, why = OTHERS[case]
+
+    def build(input_shape, classes, seed, *, init="glorot_normal"):
+        made = [
+            getattr(keras.layers, other[""])(
+                **({"units": 5} if other[""] == "Dense" else {}),
+                **{k: v for k, v in other.items() if k},
+            )
+            for other in others
+        ]
+        head = keras.layers.Dense(classes, name="output")
+        flat = [] if case == "order" else [keras.layers.Flatten()]
+        return keras.Sequential([keras.Input(input_shape), *flat, *made, head])
+
+    monkeypatch.setitem(MODELS._entries, "chain", build)
+    with pytest.raises(UserError, match=f"engine=sparse cannot train this: layer .*{why}"):
+        Trainer(spec(model="chain", precision="float32"), DIGITS, execution=Execution("sparse"))
 
 
 def test_inputs_of_floats_and_of_several_channels():
@@ -241,6 +302,16 @@ def test_without_the_extra_the_command_to_install_it_is_said(monkeypatch):
     monkeypatch.setattr(sparse.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"numba is not installed: pip install lth_tf\[sparse\]"):
         Trainer(SPEC, DIGITS, execution=Execution("sparse"))
+
+
+def test_compiled_code_is_kept_where_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("LTH_TF_CACHE", str(tmp_path / "cache"))
+    kept, other = sparse._folder("1"), sparse._folder("2")
+    assert kept == sparse._folder("1") != other and {kept.parent} == {tmp_path / "cache"}
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LTH_TF_CACHE", str(tmp_path / "file"))
+    alone = sparse._folder("1")
+    assert alone.is_dir() and tmp_path not in alone.parents and alone != sparse._folder("1")
 
 
 # --- In an experiment ---

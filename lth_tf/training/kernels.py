@@ -153,17 +153,19 @@ def _backward(p: Any, net: Any, a: Any, d: Any, g: Any) -> None:
 
 @njit(**_FAST)
 def _update(rule: int, p: Any, m: Any, v: Any, g: Any, rate: Any, by: Any) -> None:
-    """A step of an optimizer as tf_keras has it; `by` are beta 1 or momentum, beta 2, epsilon.
+    """A step of an optimizer as tf_keras has it; `by` says how.
 
-    g + L2 p is the gradient. With decoupled decay p loses rate x decay x p first.
+    It is beta 1 or momentum, 1 - that, 1 - beta 2, epsilon, L2, decay. g + L2 p is the gradient.
+    With decoupled decay p loses rate x decay x p first.
     """
-    one, two, epsilon, l2, decay, plain = by[0], by[1], by[2], by[3], by[4], rate[1]
+    one, first, second, epsilon, l2, decay = by[0], by[1], by[2], by[3], by[4], by[5]
+    plain = rate[1]
     for k in range(len(p)):
         p[k] -= p[k] * decay * plain
         y = g[k] + l2 * p[k]
         if rule == ADAM:
-            m[k] += (y - m[k]) * (1 - one)
-            v[k] += (y * y - v[k]) * (1 - two)
+            m[k] += (y - m[k]) * first
+            v[k] += (y * y - v[k]) * second
             p[k] -= m[k] * rate[0] / (np.sqrt(v[k]) + epsilon)
         else:
             m[k] = m[k] * one - y * plain

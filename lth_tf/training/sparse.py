@@ -7,9 +7,14 @@ that its time falls with the density; in TensorFlow it is that of all weights. T
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,16 @@ INSTALL = "pip install lth_tf[sparse]"
 ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid")  # in the order of their numbers in `kernels`
 # Optimizer -> which rule of `kernels`, and how many slots it has.
 RULES = {"sgd": (0, 1), "momentum": (0, 1), "nesterov": (1, 1), "adam": (2, 2), "adamw": (2, 2)}
+# The layers that a network may have, and what these do not do besides.
+_PLAIN: dict[type, dict[str, Any]] = {
+    keras.layers.Dense: {
+        "trainable": True, "kernel_regularizer": None, "bias_regularizer": None,
+        "activity_regularizer": None, "kernel_constraint": None, "bias_constraint": None,
+    },
+    keras.layers.Activation: {},
+    keras.layers.ReLU: {"max_value": None, "negative_slope": 0, "threshold": 0},
+    keras.layers.Flatten: {"data_format": "channels_last"},
+}  # fmt: skip
 _GRAIN = 16  # examples of a row come in multiples of this
 _ROOM = 64  # examples that are evaluated at a time
 
@@ -53,61 +68,87 @@ def unfit(setup: Setup) -> str | None:
         if getattr(spec, name) not in fits:
             return f"{name} is {getattr(spec, name)}, not {' or '.join(fits)}"
     try:
-        _layers(setup.model)
+        _layers(setup)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _layers(model: Any) -> list[tuple[Any, int]]:
+def _layers(setup: Setup) -> list[tuple[Any, int]]:
     """The dense layers of a chain, with the number of the activation behind each.
 
     Raises:
       ValueError: there is something else; says what.
     """
     found: list[tuple[Any, int]] = []
-    if not is_chain(model):
-        raise ValueError(f"model {model.name!r} is no chain of layers")
-    last = model.layers[-1]
-    for layer in model.layers:
+    if not is_chain(setup.model):
+        raise ValueError(f"model {setup.model.name!r} is no chain of layers")
+    for layer in setup.model.layers:
         inner = layer.layer if isinstance(layer, pruning.MaskedLayer) else layer
-        if isinstance(inner, (keras.layers.InputLayer, keras.layers.Flatten)) and not found:
+        kind, what = type(inner), f"layer {inner.name!r} is a {type(inner).__name__}"
+        if kind is keras.layers.InputLayer:
             continue
-        name = getattr(getattr(inner, "activation", None), "__name__", None)
-        if type(inner) is keras.layers.ReLU and vars(inner).get("max_value") is None:
-            name = "relu"
-        plain = type(inner) in (keras.layers.Dense, keras.layers.Activation, keras.layers.ReLU)
-        if not plain or name not in ACTIVATIONS or inner.losses or not inner.trainable:
-            what = f" with activation {name}" if plain else ""
-            raise ValueError(f"layer {inner.name!r} is a {type(inner).__name__}{what}")
-        if isinstance(inner, keras.layers.Dense):
+        if kind not in _PLAIN or (kind is keras.layers.Flatten and found):
+            raise ValueError(what)
+        if inner.dtype != setup.spec.precision:
+            raise ValueError(f"{what} of {inner.dtype}")
+        config = inner.get_config()
+        for option, usual in _PLAIN[kind].items():
+            if config[option] != usual:
+                raise ValueError(f"{what} whose {option} is not {usual}")
+        if kind is keras.layers.Flatten:
+            continue
+        name = "relu" if kind is keras.layers.ReLU else _activation(inner.activation)
+        if name not in ACTIVATIONS:
+            raise ValueError(f"{what} with activation {name}")
+        if kind is keras.layers.Dense:
             found.append((inner, ACTIVATIONS.index(name)))
         elif not found or found[-1][1]:
             raise ValueError(f"layer {inner.name!r} is an activation of nothing dense")
         else:
             found[-1] = found[-1][0], ACTIVATIONS.index(name)
     if not found or found[-1][1]:
-        raise ValueError(f"layer {last.name!r} puts out something else than logits")
+        last = setup.model.layers[-1].name
+        raise ValueError(f"layer {last!r} puts out something else than logits")
     return found
+
+
+def _activation(function: Any) -> str:
+    """The name of a function, of one's own with where it is from."""
+    name = getattr(function, "__name__", type(function).__name__)
+    known = function in (getattr(keras.activations, name, None), getattr(tf.nn, name, None))
+    return name if known else f"{getattr(function, '__module__', None)}.{name}"
 
 
 @functools.cache
 def _kernels() -> Any:
-    """The module of compiled functions; numba keeps them in the cache folder.
-
-    By a folder for each version of that file, for numba does not see what it has inlined.
-    """
+    """The module of compiled functions."""
     import numba
 
-    path, settings = Path(__file__).with_name("kernels.py"), vars(numba.config)
-    version = hashlib.sha256(path.read_bytes() + numba.__version__.encode()).hexdigest()[:16]
+    settings = vars(numba.config)
     before = settings["CACHE_DIR"]
-    settings["CACHE_DIR"] = str(cache.folder() / f"numba-{version}")
+    settings["CACHE_DIR"] = str(_folder(numba.__version__))
     try:
         from lth_tf.training import kernels
     finally:
         settings["CACHE_DIR"] = before
     return kernels
+
+
+def _folder(version: str) -> Path:
+    """Where numba keeps what it has compiled: in the cache, or for this process only.
+
+    One for each version of numba and of that file, for numba does not see what it has inlined.
+    """
+    code = Path(__file__).with_name("kernels.py").read_bytes()
+    found = cache.folder() / f"numba-{hashlib.sha256(code + version.encode()).hexdigest()[:16]}"
+    with contextlib.suppress(OSError):
+        found.mkdir(parents=True, exist_ok=True)
+        if os.access(found, os.W_OK | os.X_OK):
+            return found
+    alone = tempfile.mkdtemp(prefix="lth_tf-numba-")  # without one numba raises
+    atexit.register(shutil.rmtree, alone, ignore_errors=True)
+    return Path(alone)
 
 
 class Sparse:
@@ -123,7 +164,7 @@ class Sparse:
     def __init__(self, setup: Setup, threads: int = 1):
         self.setup, self.threads, self._kernels = setup, threads, _kernels()
         self.dtype = np.dtype("float64" if setup.spec.precision == "float64" else "float32")
-        self.layers = _layers(setup.model)
+        self.layers = _layers(setup)
         self._parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._names = {id(v): name for name, v in pruning.kernels(setup.model).items()}
 
@@ -254,9 +295,12 @@ class Sparse:
         decoupled = spec.optimizer == "adamw"
         one = 0.9 if rule == 2 else 0.0 if spec.optimizer == "sgd" else spec.momentum
         by = np.array(
-            [one, 0.999, spec.adam_epsilon, 0 if decoupled else l2, l2 if decoupled else 0],
-            self.dtype,
-        )
+            [
+                one, 1 - one, 1 - 0.999, spec.adam_epsilon,
+                0 if decoupled else l2, l2 if decoupled else 0,
+            ],
+            self.dtype,  # after the subtraction, as Keras does it: 1 - float32(0.999) is 1e-5 off
+        )  # fmt: skip
         self._kernels.TRAIN[self.threads > 1](
             inputs, chosen.astype(np.uint64) * np.uint64(size), labels[chosen],
             self._rates(end - step), rule, by, self.net, self._state, self._work, losses,
