@@ -11,7 +11,7 @@ from lth_tf.masks import Mask
 from lth_tf.training import sparse
 from lth_tf.training.graph import Graph, Setup
 
-BREAK_EVEN = 0.3  # density below which the sparse engine is quicker, see docs/measured.md
+BREAK_EVEN = 0.3  # density from which on the sparse engine is quicker, see docs/measured.md
 
 
 class Engines:
