@@ -63,7 +63,8 @@ class Trained:
       weights: path -> array, at the end.
       rows: a dict per evaluation: step, loss (mean over the steps since the last
         evaluation), validation and test loss and metric (None where the test part
-        was not looked at), learning_rate, seconds since the beginning.
+        was not looked at), learning_rate, seconds since the beginning (of evaluations that
+        were done in one call spread evenly, for nobody knows).
       captured: the weights at the step asked for, or None.
       mask: kernel name -> 0/1 array, the one in force at the end.
       decision: how it was computed.

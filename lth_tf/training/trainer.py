@@ -151,7 +151,9 @@ class Trainer:
             steps with the last one's number, `on_epoch_*` around each evaluation;
             `stop_training`, a changed learning rate and a changed mask
             (`pruning.set_mask(self.model, mask)`) are honoured. One with a method
-            `next_boundary(step)` is asked for a later step at which a block is to end.
+            `next_boundary(step)` is asked for a later step at which a block is to end. One whose
+            `looks` is False neither looks at variables nor sets them, nor stops the training:
+            where all are such, several evaluations are done before they are told of them.
           state: where to go on, out of the same training that was interrupted; what
             callbacks remember is not part of it.
           keep: given the state every `checkpoint_every` steps, and when asked to stop.
