@@ -304,6 +304,15 @@ def test_without_the_extra_the_command_to_install_it_is_said(monkeypatch):
         Trainer(SPEC, DIGITS, execution=Execution("sparse"))
 
 
+def test_a_training_begun_with_the_extra_is_not_resumed_without_it(monkeypatch):
+    kept = []
+    with pytest.raises(Interrupted):
+        trained(Execution("sparse"), keep=kept.append, asked=lambda: True)
+    monkeypatch.setattr(sparse.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="was begun with the sparse engine: numba is not installed"):
+        trained(Execution(), state=kept[0])
+
+
 def test_compiled_code_is_kept_where_that_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("LTH_TF_CACHE", str(tmp_path / "cache"))
     kept, other = sparse._folder("1"), sparse._folder("2")
