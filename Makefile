@@ -25,7 +25,7 @@ help:
 	@echo 'Each sets up $(VENV)/ first when it has to (PYTHON=$(PYTHON), 3.10 to 3.13).'
 
 demo: $(STAMP)
-	$(BIN)/lth-imp --preset=digits_lenet_imp --workdir=$(WORKDIR)
+	$(BIN)/lth-imp --preset=digits_lenet_imp --jobs=auto --workdir=$(WORKDIR)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

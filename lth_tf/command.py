@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -12,6 +14,7 @@ import rich.console
 
 from lth_tf import datasets, distribute, edge, experiments, models, report
 from lth_tf.callbacks.progress import Progress
+from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
 
@@ -21,6 +24,8 @@ def run(
     workdir: str | None,
     *,
     plan_only: bool = False,
+    jobs: str = "1",
+    threads: int | None = None,
     **options: Any,
 ) -> None:
     """Prints what a spec asks for, does it, and prints what came out.
@@ -30,24 +35,37 @@ def run(
       data_dir: folder of the data sets.
       workdir: folder for everything it writes (default: named after the spec, in runs/).
       plan_only: stop after the plan.
+      jobs: how many processes train side by side, or 'auto'.
+      threads: for each operation of a training; None: see `experiments.take_threads`.
       **options: the recipe's, e.g. score_only, trunk.
     """
     console = rich.console.Console()
     if spec.distribute != "multi_worker" or plan_only:
-        _run(console, spec, data_dir, workdir, plan_only, options)
+        # Also first of all: a process that has computed something cannot be forked.
+        number = 1 if plan_only else experiments.jobs_of(jobs, spec)
+        crew = experiments.Crew(number, data_dir) if number > 1 else None
+        with crew or contextlib.nullcontext():
+            _run(console, spec, data_dir, workdir, plan_only, {**options, "crew": crew}, threads)
         return
+    if jobs not in ("1", "auto") or threads:
+        raise UserError("--jobs and --threads are for one machine, not for distribute=multi_worker")
     # First of all, for nothing may be computed before a process joins its cluster.
     workers = distribute.workers_of(distribute.join(spec))
     console.quiet = not workers.chief
     try:
         with distribute.lost():
-            _run(console, spec, data_dir, workdir, plan_only, options, workers)
+            _run(console, spec, data_dir, workdir, plan_only, options, None, workers)
     except BaseException as error:
         if (said := edge.told(error)) is None:
             raise
         print(said[0], file=sys.stderr, flush=True)
         # TensorFlow would wait for the others at its exit, and they for this one.
         os._exit(said[1])
+
+
+def _folder(spec: Spec) -> Path:
+    """The workdir that a spec has by default."""
+    return Path(f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
 
 
 def _run(
@@ -57,13 +75,21 @@ def _run(
     workdir: str | None,
     plan_only: bool,
     options: dict[str, Any],
+    threads: int | None,
     workers: distribute.Workers | None = None,
 ) -> None:
     work = None if workdir is None else edge.folder(workdir)
     if options.get("trunk") is not None:
         options = {**options, "trunk": edge.folder(options["trunk"])}
     if not plan_only:
-        spec = distribute.resolve(spec)  # before anything is computed
+        # Both before anything is computed, threads even before devices are looked at.
+        if workers is None:
+            one = dataclasses.replace(spec, distribute="none", devices=None)
+            likely = work or _folder(one if spec.distribute == "auto" else spec)
+            crew = options["crew"]
+            experiments.take_threads(likely, threads, crew and crew.share)
+        spec = distribute.resolve(spec)
+        work = work or _folder(spec)
 
     @functools.cache
     def load() -> Any:
@@ -80,7 +106,7 @@ def _run(
         console.print(part, highlight=False)
     if plan_only:
         return
-    work = work or Path(f"runs/{spec.dataset}_{spec.model}_{spec.digest()}")
+    assert work is not None
     rows = experiments.run(
         spec, work, data, lambda p: Progress(console, p.steps), blueprint=blueprint, **options
     )

@@ -141,14 +141,33 @@ def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **default
         )
 
 
-def define_engine() -> flags.FlagHolder:
-    """Defines --engine; returns what has its value."""
+def define_execution(jobs: str) -> list[flags.FlagHolder]:
+    """Defines the flags that say how trainings are computed, which is no part of a Spec.
+
+    Args:
+      jobs: what the flag is called that says how many are trained side by side.
+
+    Returns:
+      What have the values of --engine, of --threads and of that.
+    """
     what = "; ".join(f"{name}: {text}" for name, text in ENGINES.items())
-    return flags.DEFINE_enum(
+    engine = flags.DEFINE_enum(
         "engine", None, list(ENGINES),
         f"What computes the steps of trainings. {what}. (default: what the workdir was begun with, "
         "or tensorflow)",
     )  # fmt: skip
+    threads = flags.DEFINE_integer(
+        "threads", None,
+        "Threads for each operation of a training. Equal ones give equal bits, however many are "
+        "trained side by side. (default: what the workdir was begun with; or all cores, shared)",
+        lower_bound=1,
+    )  # fmt: skip
+    side = flags.DEFINE_string(
+        jobs, "1",
+        "Trainings side by side in one experiment, each in a process of its own that has its share "
+        "of cores and GPUs: a number, or auto.",
+    )  # fmt: skip
+    return [engine, threads, side]
 
 
 def _scorer_flags() -> dict[str, tuple[str, str]]:

@@ -229,6 +229,8 @@ def own_flags(tool):
     for node in ast.walk(ast.parse((ROOT / "tools" / f"{file}.py").read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("flags.DEFINE_"):
             found.add(ast.literal_eval(node.args[0]))
+        elif isinstance(node, ast.Call) and "define_execution" in ast.unparse(node.func):
+            found |= {"engine", "threads", ast.literal_eval(node.args[0])}
     assert found
     return found
 
@@ -295,7 +297,7 @@ SLURM = {"signal", "gpus-per-task"}
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
     known = {field.name for field in dataclasses.fields(Spec)} | SLURM
-    known |= {"preset", "flagfile", "compression", "engine", "help", "fisher_power"}
+    known |= {"preset", "flagfile", "compression", "help", "fisher_power"}
     known = known.union(*map(own_flags, TOOLS))
     for span in re.findall(r"`(--[a-z][^`]*)`", FENCED.sub("", PAGES[page])):
         name = re.match(r"--([\w-]+)", span)[1]

@@ -612,3 +612,18 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     sweeps.sweep(grid, work, command=lambda *_: [sys.executable, "-c", ""], say=said.append)
     assert [line for line in said if "started" in line][0].startswith("broken: started")
     assert len([line for line in said if "started" in line]) == 1
+
+
+def test_how_runs_are_computed_is_passed_on_and_bounded(monkeypatch):
+    monkeypatch.setattr("lth_tf.sweeps.processes.cores", lambda: 8)
+    assert sweeps.execution_words(20) == []
+    assert sweeps.execution_words(2, "2", "auto") == ["--jobs=2", "--engine=auto", "--threads=2"]
+    assert sweeps.execution_words(2, "auto", threads=1) == ["--jobs=4", "--threads=1"]
+    assert sweeps.execution_words(9, "auto") == []
+    with pytest.raises(UserError, match="are 12 at a time, more than the 8"):
+        sweeps.execution_words(3, "4")
+    for mistake in ("0", "x", "-1"):
+        with pytest.raises(UserError, match="neither a number from 1 on nor 'auto'"):
+            sweeps.execution_words(1, mistake)
+    with pytest.raises(UserError, match="jobs"):
+        sweeps.grid(None, ["1"], None, None, ["--jobs=2"])

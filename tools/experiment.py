@@ -24,7 +24,7 @@ def experiment(recipe: str) -> Callable[[], None]:
         "data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR)."
     )
     trunk = flags.DEFINE_string("trunk", None, "Workdir whose dense network is the same.")
-    engine = lth_tf.flags.define_engine()
+    engine, threads, jobs = lth_tf.flags.define_execution("jobs")
     plan = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
     if record.picks:
         flags.DEFINE_bool("score_only", False, "Write the tickets, and stop.")
@@ -33,6 +33,7 @@ def experiment(recipe: str) -> Callable[[], None]:
         spec = lth_tf.flags.spec_from_flags(recipe)
         options = {
             "plan_only": plan.value, "trunk": trunk.value, "execution": Execution(engine.value),
+            "jobs": jobs.value, "threads": threads.value,
         }  # fmt: skip
         if record.picks:
             options["score_only"] = flags.FLAGS.score_only

@@ -56,7 +56,7 @@ class Progress(keras.callbacks.Callback):
     def begin(self, what: str, first: int) -> None:
         """A training begins, at step `first` of its schedule."""
         self._last = first
-        self._bar.update(self._task, description=what)
+        self.describe(what)
 
     def say(self, text: str) -> None:
         """Prints a finding."""
@@ -84,8 +84,16 @@ class Progress(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Counts the block's steps."""
         step = (logs or {})["step"]
-        self._done += step - self._last
-        self._last = step
+        before, self._last = self._last, step
+        self.advance(step - before)
+
+    def describe(self, what: str) -> None:
+        """Says what is being trained."""
+        self._bar.update(self._task, description=what)
+
+    def advance(self, steps: int) -> None:
+        """So many steps more are done."""
+        self._done += steps
         self._bar.update(self._task, completed=self._done)
         now = time.perf_counter()
         if self._first is None:  # the first block, which includes compiling, does not count

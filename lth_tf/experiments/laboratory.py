@@ -53,7 +53,9 @@ class Laboratory:
       spec, workdir, trains: as given.
       plan: what is going to be done.
       trainer, workers: who trains, and the processes that do.
+      execution: as given.
       progress: shown to the user; see `callbacks.progress.Progress`.
+      leader: called with what the process that leads this one is to know, if one does; see `crew`.
       summary: the rows of summary.csv.
     """
 
@@ -74,6 +76,8 @@ class Laboratory:
         self.spec, self.workdir, self.trunk, self.trains = spec, workdir, trunk, trains
         self.asked = asked or checkpoints.Asked()
         self.progress: Any = None
+        self.leader: Callable[..., None] | None = None
+        self.execution = execution
         self.blueprint = blueprint or models.Blueprint(spec, dataset.input_shape, dataset.classes)
         self.plan = plan(spec, dataset.input_shape, dataset.classes, self.blueprint)
         self.trainer = Trainer(spec, dataset, strategy, self.blueprint, execution)
@@ -195,14 +199,40 @@ class Laboratory:
                 raise type(error)(f"{what}: {error}{more}") from error
             weights, rows = trained.weights, trained.rows
             self.write(lambda: self._save(folder, ticket, trained))
-        row = analysis.summary_row(arm, replicate, ticket.level, ticket.density, rows)
-        key = arm, replicate, ticket.level
+        self.note(what, analysis.summary_row(arm, replicate, ticket.level, ticket.density, rows))
+        return dict(weights)
+
+    def later(self, folder: Path, ticket: Ticket) -> None:
+        """Trains a ticket for whose weights nothing waits, at once or in another process.
+
+        Args:
+          folder: where the ticket is.
+          ticket: what is trained.
+
+        Raises:
+          UserError: see `train`.
+        """
+        if self.leader:
+            self.leader("later", folder)
+        else:
+            self.train(folder, ticket)
+
+    def note(self, what: str, row: dict[str, Any]) -> None:
+        """Writes the summary of a training into summary.csv, and shows it.
+
+        Args:
+          what: which training it was.
+          row: its summary.
+        """
+        if self.leader:
+            self.leader("note", what, row)
+            return
+        key = row["arm"], row["replicate"], row["level"]
         others = [r for r in self.summary if (r["arm"], r["replicate"], r["level"]) != key]
         self.summary = [*others, row]
         self.write(lambda: analysis.write_summary(self.workdir, self.summary))
         if self.progress:
             self.progress.finish(what, row)
-        return dict(weights)
 
     def _finished(
         self, folder: Path, ticket: Ticket, needed: list[str]
@@ -382,4 +412,4 @@ class Laboratory:
             here = folder / f"branch_{name}"
             with distribute.scoring(self.trainer.strategy), self._told(str(here)):
                 control = self.ticket(here, branch, ticket, name, start, self.trainer.dataset)
-            self.train(here, control)
+            self.later(here, control)

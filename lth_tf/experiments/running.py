@@ -12,6 +12,7 @@ from lth_tf.analysis import summary
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.execution import Execution
+from lth_tf.experiments.crew import Crew
 from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.plans import Plan
 from lth_tf.experiments.trunk import require as require_trunk
@@ -101,6 +102,7 @@ def run(
     trunk: str | os.PathLike | None = None,
     blueprint: Blueprint | None = None,
     execution: Execution = Execution(),  # noqa: B008
+    crew: Crew | None = None,
 ) -> list[dict[str, Any]]:
     """Does an experiment of any recipe. Started again on the same workdir it goes on.
 
@@ -113,21 +115,25 @@ def run(
       trunk: another workdir, whose dense network is the same and is not trained again.
       blueprint: of the network, where the caller has looked at it.
       execution: what computes the trainings.
+      crew: processes that train side by side; without one it is this process alone.
 
     Returns:
       The rows of summary.csv.
 
     Raises:
-      UserError: see `Trainer`, `plan` and `scorers.one_shot_mask`; or the workdir belongs to
-        another spec or process, cannot be written or holds a damaged file.
+      UserError: see `Trainer`, `plan`, `Crew.lead` and `scorers.one_shot_mask`; or the workdir
+        belongs to another spec or process, cannot be written or holds a damaged file.
     """
     _require(spec, dataset)
     recipe = RECIPES[spec.recipe]
     with opened(
         spec, workdir, dataset, progress, trunk, not score_only, blueprint, execution
     ) as lab:
-        for replicate in range(spec.replicates):
-            recipe.steps(lab, replicate)
+        if crew:
+            crew.lead(lab, dataset.name)
+        else:
+            for replicate in range(spec.replicates):
+                recipe.steps(lab, replicate)
     return lab.summary
 
 

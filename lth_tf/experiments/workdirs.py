@@ -82,6 +82,36 @@ def threads() -> int:
     )
 
 
+def take_threads(workdir: Path, asked: int | None, share: int | None = None) -> None:
+    """Has TensorFlow take as many threads as a workdir was begun with, or as are asked for.
+
+    Args:
+      workdir: the folder.
+      asked: what the user wants; None: what the workdir was begun with, for a new one `share`.
+      share: of this process, where others compute beside it; None: all.
+
+    Raises:
+      UserError: the workdir was begun with another number; or it is too late, for TensorFlow has
+        computed something.
+    """
+    workdir = edge.folder(workdir)
+    begun = read_execution(workdir) if any(workdir.glob("replicate_*")) else None
+    if begun and asked not in (None, begun[1]):
+        raise UserError(
+            f"{str(workdir)!r} was begun with --threads={begun[1]}; give that, or leave it out, or "
+            f"choose another --workdir for --threads={asked}"
+        )
+    told = "TF_NUM_INTRAOP_THREADS" in os.environ  # by who knows what he does
+    wanted = asked or (None if told else begun[1] if begun else share)
+    if wanted and wanted != threads():
+        try:
+            tf.config.threading.set_intra_op_parallelism_threads(wanted)
+        except RuntimeError as error:
+            raise UserError(
+                f"--threads={wanted} comes too late: TensorFlow has computed something already"
+            ) from error
+
+
 def read_execution(workdir: Path) -> tuple[str, int] | None:
     """Returns the engine and the threads that a workdir was begun with; None: nothing is known.
 

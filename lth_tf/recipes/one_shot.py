@@ -78,12 +78,12 @@ def steps(lab: Any, replicate: int) -> None:
     """Picks a ticket of each density out of the same initial weights, and trains it."""
     folder, dense = lab.folder(replicate), lab.dense(replicate)
     if lab.spec.dense and lab.trains:
-        lab.train(folder / "level_00", lab.ticket(folder / "level_00", lambda: dense))
+        lab.later(folder / "level_00", lab.ticket(folder / "level_00", lambda: dense))
     for level in lab.levels:
         here = folder / f"level_{level:02d}"
         ticket = lab.ticket(here, lab.pick, dense, level)
         if lab.trains:
-            lab.train(here, ticket)
+            lab.later(here, ticket)
             lab.branches(here, ticket, dense.weights)
 
 

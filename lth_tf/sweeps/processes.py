@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import itertools
 import os
 import shlex
 import signal
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lth_tf import storage
-from lth_tf.compat import tf
+from lth_tf.distribute.shares import gpu_share, gpus
+from lth_tf.errors import UserError
+from lth_tf.experiments.crew import cores
 from lth_tf.recipes import RECIPES
 from lth_tf.sweeps import runs
 from lth_tf.sweeps.grid import Grid, Run
@@ -26,36 +27,37 @@ POLL = 0.1  # seconds between looks at the children
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
 
 
-def gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Returns the GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them."""
-    if "CUDA_VISIBLE_DEVICES" in environ:
-        listed = environ["CUDA_VISIBLE_DEVICES"].split(",")
-        # CUDA's own rule: what follows an invalid one does not count.
-        valid = itertools.takewhile(lambda d: d and d != "-1", (d.strip() for d in listed))
-        return list(valid)
-    return [str(i) for i in range(len(tf.config.list_physical_devices("GPU")))]
-
-
-def gpu_share(found: Sequence[str], slot: int, jobs: int) -> dict[str, str]:
-    """Returns the environment variables that give a slot its share of the GPUs.
-
-    All shares are of one size, for the number of replicas is part of an experiment. Where
-    there are more slots than GPUs, some share one, and none may take all its memory.
+def execution_words(
+    jobs: int, run_jobs: str = "1", engine: str | None = None, threads: int | None = None
+) -> list[str]:
+    """Returns the flags that say how each run of a sweep is computed.
 
     Args:
-      found: the GPUs, as `gpus` returns them.
-      slot: which of the processes that run at a time, from 0.
-      jobs: how many run at a time.
+      jobs: runs at a time.
+      run_jobs: trainings side by side in each of them; 'auto': each has its share of the cores.
+      engine, threads: of the runs; None: what they take by themselves, but not more threads than
+        there are cores for all.
 
-    >>> gpu_share(["0", "1", "2", "3"], 1, 2), gpu_share(["0", "1", "2"], 1, 2)
-    ({'CUDA_VISIBLE_DEVICES': '2,3'}, {'CUDA_VISIBLE_DEVICES': '1'})
+    Raises:
+      UserError: no number, or more trainings at a time than there are cores.
+
+    >>> execution_words(2, engine="sparse")
+    ['--engine=sparse']
     """
-    if jobs == 1 or not found:
-        return {}
-    size = max(len(found) // jobs, 1)
-    first = slot * size % len(found)
-    share = {"CUDA_VISIBLE_DEVICES": ",".join(found[first : first + size])}
-    return share | ({"TF_FORCE_GPU_ALLOW_GROWTH": "true"} if jobs > len(found) else {})
+    if run_jobs == "auto":
+        run_jobs = str(max(1, cores() // jobs))
+    if not (run_jobs.isascii() and run_jobs.isdecimal() and int(run_jobs)):
+        raise UserError(f"--run_jobs={run_jobs} is neither a number from 1 on nor 'auto'")
+    many = jobs * int(run_jobs)
+    if run_jobs != "1":
+        if many > cores():
+            raise UserError(
+                f"--jobs={jobs} runs of --run_jobs={run_jobs} trainings are {many} at a time, more "
+                f"than the {cores()} core(s) here; give less of one of them"
+            )
+        threads = threads or cores() // many
+    given = {"jobs": run_jobs if run_jobs != "1" else None, "engine": engine, "threads": threads}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def command_of(run: Run, workdir: Path, data_dir: str | None) -> list[str]:
@@ -113,6 +115,7 @@ def sweep(
     jobs: int = 1,
     shard: tuple[int, int] = (1, 1),
     data_dir: str | None = None,
+    more: Sequence[str] = (),
     command: Callable[[Run, Path, str | None], list[str]] = command_of,
     found: Sequence[str] | None = None,
     say: Callable[[str], Any] = _say,
@@ -128,6 +131,7 @@ def sweep(
       jobs: how many at a time.
       shard: (i, n): of the grid's runs the i-th of n parts, i from 1.
       data_dir: folder of the data sets.
+      more: flags for every run besides its own, see `execution_words`.
       command: (run, workdir, data_dir) -> command line.
       found: the GPUs to share out among the jobs (default: those that there are).
       say: called with a line for everything that happens.
@@ -160,7 +164,7 @@ def sweep(
                 for slot in sorted(set(range(jobs)) - set(active)) if not got else ():
                     busy = {child.run.folder for child in active.values()}
                     if taken := _next(queue, workdir, busy, failed, waited, say):
-                        words = command(taken[0], workdir, data_dir)
+                        words = [*command(taken[0], workdir, data_dir), *more]
                         active[slot] = _begin(*taken, workdir, words, gpu_share(found, slot, jobs))
                         say(f"{taken[0].name}: started; log: {active[slot].log}")
                 time.sleep(POLL if active else 5 * POLL)
