@@ -30,12 +30,15 @@ class Execution:
     Attributes:
       engine: what computes the steps, a key of ENGINES; None: what the workdir was begun with,
         'tensorflow' for a new one.
+      live: whether TensorBoard's logs are written at each evaluation, to be looked at meanwhile,
+        and not only at checkpoints and at the end of a training.
 
     Raises:
       UserError: an unknown choice.
     """
 
     engine: str | None = None
+    live: bool = False
 
     def __post_init__(self) -> None:
         if self.engine is not None and self.engine not in ENGINES:

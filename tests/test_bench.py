@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import io
 import json
+import time
 
 import pytest
 import rich.console
@@ -14,8 +15,9 @@ from test_tools import run as run_tool
 from lth_tf import datasets
 from lth_tf.bench import MEASUREMENTS, Measurement
 from lth_tf.bench.checkpoints import checkpoints, checkpoints_table
-from lth_tf.bench.levels import levels, levels_table
+from lth_tf.bench.levels import levels, levels_figure, levels_table
 from lth_tf.bench.loops import train
+from lth_tf.bench.parts import PARTS, Clock, parts, parts_table
 from lth_tf.bench.replicas import scale, scale_table
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
@@ -74,7 +76,7 @@ def test_a_measurement_asks_for_what_there_is_to_give(name):
     assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds"}
 
 
-def test_bench_of_levels():
+def test_bench_of_levels(tmp_path):
     small = Spec(
         dataset="digits", model="lenet_20_10", validation_size=100, eval_every=3, compile="off"
     )
@@ -88,5 +90,40 @@ def test_bench_of_levels():
     texts = io.StringIO()
     rich.console.Console(file=texts).print(levels_table(result))
     assert "3.6%" in texts.getvalue() and all(engine in texts.getvalue() for engine in engines)
+    levels_figure(result, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="cannot write"):
+        levels_figure(result, tmp_path / "none" / "f.png")
     conv = dataclasses.replace(small, model="conv2")
     assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow"]
+
+
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_bench_of_a_run_counts_each_moment_once(compiled):
+    small = Spec(
+        dataset="digits", model="lenet_20_10", validation_size=100, eval_every=5, levels=2,
+        controls=("reinit",), compile=compiled,
+    )  # fmt: skip
+    began = time.perf_counter()
+    result = parts(small, datasets.load("digits"), 20)
+    seconds, whole = result["seconds"], time.perf_counter() - began
+    assert list(seconds) == list(PARTS) and all(value >= 0 for value in seconds.values())
+    assert all(seconds[part] > 0 for part in ("import", "network", "compile", "write", "rest"))
+    assert 0.5 * whole < sum(seconds.values()) <= whole
+    texts = io.StringIO()
+    rich.console.Console(file=texts).print(parts_table(result))
+    assert all(part in texts.getvalue() for part in PARTS)
+
+
+def test_a_clock_counts_for_the_innermost_part():
+    clock = Clock()
+    with clock.part("train"):
+        with clock.part("write"):
+            time.sleep(0.05)
+        inside = dict(clock.seconds)
+    assert inside["write"] >= 0.05 > clock.seconds["train"]
+
+
+def test_what_has_no_figure_says_so(monkeypatch, capsys):
+    code, _, err = run_tool(monkeypatch, capsys, "start", "--figure=f.png", name="bench")
+    assert code == 1 and "there is nothing to draw of lth-bench start" in err

@@ -10,6 +10,7 @@ import inspect
 import logging
 import pathlib
 import re
+import time
 
 import numpy as np
 import pytest
@@ -831,3 +832,19 @@ def test_pruning_is_chain():
     assert not pruning.is_chain(keras.Model(x, [y, layers.ReLU()(y)]).layers[1])
     twice = layers.Dense(3)
     assert not pruning.is_chain(keras.Model(x, twice(twice(x))))
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_pruning_untimed(timed, monkeypatch):
+    class Slow(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            time.sleep(0.002)
+
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *more: said.append(text))
+    hooks = keras.callbacks.CallbackList([Slow()], model=functional(layers.Dense(2)))
+    hooks = hooks if timed else pruning.untimed(hooks)
+    for batch in range(9):
+        hooks.on_train_batch_begin(batch)
+        hooks.on_train_batch_end(batch)
+    assert any("is slow compared to the batch time" in text for text in said) == timed

@@ -19,9 +19,9 @@ FLOORS = [
     {"spec"},
     {"datasets", "distribute", "models", "tickets"},
     {"doctor", "scorers", "training"},
-    {"analysis", "bench"},
+    {"analysis"},
     {"experiments"},
-    {"exporters", "flags", "report"},
+    {"bench", "exporters", "flags", "report"},
     {"command", "sweeps"},
     {"tools"},
 ]

@@ -15,6 +15,7 @@ from test_tools import run as run_tool
 
 from lth_tf import datasets, distribute, experiments, flags, storage, sweeps
 from lth_tf.analysis.summary import columns, read_csv
+from lth_tf.distribute.shares import slow_bfloat16
 from lth_tf.errors import UserError
 from lth_tf.experiments import trunk
 from lth_tf.spec import Spec, fields_of
@@ -627,3 +628,19 @@ def test_how_runs_are_computed_is_passed_on_and_bounded(monkeypatch):
             sweeps.execution_words(1, mistake)
     with pytest.raises(UserError, match="jobs"):
         sweeps.grid(None, ["1"], None, None, ["--jobs=2"])
+
+
+@pytest.mark.parametrize(
+    "precision, flags, said",
+    [
+        ("mixed_bfloat16", "fma avx2", True), ("mixed_bfloat16", "avx2 amx_bf16", False),
+        ("mixed_bfloat16", "avx512_bf16", False), ("float32", "fma avx2", False),
+        ("mixed_bfloat16", None, False),
+    ],
+)  # fmt: skip
+def test_cpus_without_bfloat16_are_told_of(precision, flags, said, tmp_path):
+    path = tmp_path / "cpuinfo"
+    if flags:
+        path.write_text(f"vendor_id : x\nflags\t\t: {flags}\nbugs : amx_bf16\n")
+    text = slow_bfloat16(precision, path)
+    assert ("several times as long" in text) == said and bool(text) == said

@@ -25,6 +25,7 @@ def experiment(recipe: str) -> Callable[[], None]:
     )
     trunk = flags.DEFINE_string("trunk", None, "Workdir whose dense network is the same.")
     engine, threads, jobs = lth_tf.flags.define_execution("jobs")
+    live = flags.DEFINE_bool("live", False, "Write TensorBoard logs at each evaluation.")
     plan = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
     if record.picks:
         flags.DEFINE_bool("score_only", False, "Write the tickets, and stop.")
@@ -32,8 +33,8 @@ def experiment(recipe: str) -> Callable[[], None]:
     def main() -> None:
         spec = lth_tf.flags.spec_from_flags(recipe)
         options = {
-            "plan_only": plan.value, "trunk": trunk.value, "execution": Execution(engine.value),
-            "jobs": jobs.value, "threads": threads.value,
+            "plan_only": plan.value, "trunk": trunk.value, "jobs": jobs.value,
+            "threads": threads.value, "execution": Execution(engine.value, live.value),
         }  # fmt: skip
         if record.picks:
             options["score_only"] = flags.FLAGS.score_only

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import statistics
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from lth_tf import masks
+from lth_tf import masks, storage
 from lth_tf.bench.rounds import Contender, alone, alternate, initial, ratio
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
@@ -84,3 +85,37 @@ def levels_table(result: dict[str, Any]) -> Table:
         found = (each[str(density)] for each in result["engines"].values())
         table.add_row(f"{density:.1%}", *(f"{one['ratio']:.2f}" for one in found))
     return table
+
+
+def levels_figure(result: dict[str, Any], path: Path) -> None:
+    """Draws what `levels` returned: time against density, beside time in proportion to it.
+
+    Args:
+      result: what `levels` returned.
+      path: file to write, a PNG.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    import matplotlib.figure  # a second, which not every command has to spend
+    import matplotlib.ticker
+
+    drawing = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    ax = drawing.subplots()
+    for marker, (engine, found) in zip("os^v", result["engines"].items(), strict=False):
+        ratios = [found[str(density)]["ratio"] for density in DENSITIES]
+        ax.plot([100 * d for d in DENSITIES], ratios, marker=marker, label=engine)
+    ends = [DENSITIES[0], DENSITIES[-1]]
+    ax.plot([100 * d for d in ends], ends, "k:", label="proportional to density")
+    ax.set(xscale="log", yscale="log", xlabel="weights kept (%)")
+    ax.set_ylabel("time of a training over the dense one in TensorFlow")
+    ax.set_title(f"{result['model']} on {result['dataset']}")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.invert_xaxis()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    with storage.explained(path):
+        drawing.savefig(path, dpi=110, format="png")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from lth_tf import datasets
-from lth_tf.bench import checkpoints, levels, loops, replicas, scores, start, stream
+from lth_tf.bench import checkpoints, levels, loops, parts, replicas, scores, start, stream
 from lth_tf.spec import Spec
 
 
@@ -24,17 +25,20 @@ class Measurement:
       table: makes a table of that.
       recipe: of the spec.
       before: called with the spec, before anything is computed.
+      figure: draws what `run` returned into a file, where there is something to draw.
     """
 
     run: Callable[..., dict[str, Any]]
     table: Callable[[dict[str, Any]], Table]
     recipe: str = "imp"
     before: Callable[[Spec], Any] = lambda spec: None
+    figure: Callable[[dict[str, Any], Path], None] | None = None
 
 
 MEASUREMENTS = {
     "train": Measurement(loops.train, loops.train_table),
-    "levels": Measurement(levels.levels, levels.levels_table),
+    "levels": Measurement(levels.levels, levels.levels_table, figure=levels.levels_figure),
+    "run": Measurement(parts.parts, parts.parts_table),
     "start": Measurement(start.start, start.start_table),
     "scale": Measurement(replicas.scale, replicas.scale_table, before=replicas.two_replicas),
     "checkpoints": Measurement(checkpoints.checkpoints, checkpoints.checkpoints_table),

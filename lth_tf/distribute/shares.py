@@ -1,10 +1,11 @@
-"""Shares of a machine: which GPUs each of several processes may use."""
+"""A machine: which GPUs each of several processes may use, and what its CPUs are quick at."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lth_tf.compat import tf
 
@@ -39,3 +40,24 @@ def gpu_share(found: Sequence[str], slot: int, jobs: int) -> dict[str, str]:
     first = slot * size % len(found)
     share = {"CUDA_VISIBLE_DEVICES": ",".join(found[first : first + size])}
     return share | ({"TF_FORCE_GPU_ALLOW_GROWTH": "true"} if jobs > len(found) else {})
+
+
+def slow_bfloat16(precision: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns a sentence where a precision is slow on the CPUs that compute, or ''.
+
+    Args:
+      precision: of an experiment.
+      cpuinfo: where Linux tells of them; nothing is known without.
+    """
+    if precision != "mixed_bfloat16" or tf.config.list_physical_devices("GPU"):
+        return ""
+    try:
+        flags = cpuinfo.read_text().partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return ""
+    if not flags or {"amx_bf16", "avx512_bf16"} & set(flags):
+        return ""
+    return (
+        "precision=mixed_bfloat16 is slow here: these CPUs have no instructions for bfloat16 "
+        "(avx512_bf16, amx_bf16), and a step can take several times as long as in float32"
+    )

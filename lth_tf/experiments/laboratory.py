@@ -279,7 +279,7 @@ class Laboratory:
         bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
         if self.workers.chief and state is None:
             shutil.rmtree(logs, ignore_errors=True)
-        live = self.spec.histograms
+        live = self.spec.histograms or self.execution.live
         if self.workers.chief and live:
             callbacks.append(
                 Summaries(logs, histograms=self.spec.histograms, bytes_per_step=bytes_per_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lth_tf import datasets, distribute, edge, storage
 from lth_tf.analysis import summary
 from lth_tf.datasets import Dataset
+from lth_tf.distribute.shares import slow_bfloat16
 from lth_tf.errors import UserError
 from lth_tf.execution import Execution
 from lth_tf.experiments.crew import Crew
@@ -65,7 +67,7 @@ def opened(
 
         source = edge.folder(trunk) if trunk else None
         _, (strange, engine) = workers.share(own)
-        execution = Execution(engine)
+        execution = dataclasses.replace(execution, engine=engine)
         asked = stack.enter_context(checkpoints.terminations())
         lab = Laboratory(
             spec, work, dataset, strategy, asked, source, trains, blueprint, execution
@@ -85,6 +87,8 @@ def opened(
                 )
         if lab.progress and trains and (said_of := lab.trainer.engines.told()):
             lab.progress.say(said_of)
+        if trains and (slow := slow_bfloat16(spec.precision)):
+            lab.say(slow)
         if strange and trains:
             lab.say(f"summary.csv is made anew of each metrics.csv; it said otherwise: {strange}")
         for text in filter(None, said):

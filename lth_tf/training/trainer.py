@@ -18,7 +18,7 @@ from lth_tf.errors import UserError
 from lth_tf.execution import Decision, Execution
 from lth_tf.masks import Mask
 from lth_tf.models import Weights, policy
-from lth_tf.pruning.inside import rate_of
+from lth_tf.pruning.inside import rate_of, untimed
 from lth_tf.spec import Spec, require_spec
 from lth_tf.tasks import TASKS
 from lth_tf.training import feeds, states
@@ -170,7 +170,7 @@ class Trainer:
         if state and capture is not None and state.step >= capture:
             capture = None
         rewind = Rewind(weights, mask, step=start, capture=capture, captured=captured)
-        hooks = keras.callbacks.CallbackList([rewind, *callbacks], model=self.model)
+        hooks = untimed(keras.callbacks.CallbackList([rewind, *callbacks], model=self.model))
         asking = [each.next_boundary for each in callbacks if hasattr(each, "next_boundary")]
         self.model.stop_training = False
         if isinstance(self._rate, float):  # a callback may have changed it
