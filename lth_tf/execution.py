@@ -19,7 +19,8 @@ ENGINES = {
     "tensorflow": "all weights, in a graph of TensorFlow",
     "sparse": "the kept ones alone, in compiled code for CPUs (pip install lth_tf[sparse]), which "
     "networks of dense layers can be trained with",
-    "auto": "sparse where that can be and is quicker, decided once for each training",
+    "auto": "sparse where that can be and is quicker, on machines without a GPU; decided once for "
+    "each training",
 }
 
 

@@ -351,7 +351,7 @@ def test_a_workdir_is_computed_with_the_engine_that_it_was_begun_with(tmp_path):
     [
         ("tensorflow", "lenet_12_9", None),
         ("sparse", "lenet_12_9", "the sparse engine trains all networks"),
-        ("auto", "lenet_12_9", "the sparse engine trains networks of density 0.3 and below"),
+        ("auto", "lenet_12_9", "the sparse engine trains networks of density 0.2 and below"),
         ("auto", "conv2", "TensorFlow trains all networks, the sparse engine cannot: layer "),
     ],
 )
@@ -369,3 +369,12 @@ def test_the_user_is_told_what_trains(engine, model, said, tmp_path):
 def test_an_unknown_engine_is_refused():
     with pytest.raises(UserError, match="unknown engine 'spars'; there are: .*sparse.*"):
         Execution("spars")
+
+
+def test_where_there_is_a_gpu_auto_is_tensorflow(monkeypatch):
+    auto = Trainer(spec(), DIGITS, execution=Execution("auto"))
+    mask = start(auto, 0.01)[1]
+    assert auto.engines.choose(mask).engine == "sparse"
+    monkeypatch.setattr("lth_tf.training.engines._gpu", lambda: True)
+    assert auto.engines.choose(mask).engine == "tensorflow"
+    assert "on the GPU" in auto.engines.told()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from lth_tf import masks
+from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.execution import Decision, Execution
 from lth_tf.masks import Mask
 from lth_tf.training import sparse
 from lth_tf.training.graph import Graph, Setup
 
-BREAK_EVEN = 0.3  # density from which on the sparse engine is quicker, see docs/measured.md
+BREAK_EVEN = 0.2  # density from which on the sparse engine is quicker, see docs/measured.md
 
 
 class Engines:
@@ -40,6 +41,8 @@ class Engines:
         if self._asked == "sparse":
             return "the sparse engine trains all networks, kept weights alone"
         if self._asked == "auto":
+            if _gpu():
+                return "TensorFlow trains all networks, on the GPU"
             if why := sparse.unfit(self._setup):
                 return f"TensorFlow trains all networks, the sparse engine cannot: {why}"
             return f"the sparse engine trains networks of density {BREAK_EVEN:g} and below"
@@ -51,7 +54,9 @@ class Engines:
         Args:
           mask: kernel name -> 0/1 array, that it begins with.
         """
-        quicker = masks.density(mask) <= BREAK_EVEN and sparse.unfit(self._setup) is None
+        quicker = (
+            masks.density(mask) <= BREAK_EVEN and not _gpu() and sparse.unfit(self._setup) is None
+        )
         if self._asked == "sparse" or (self._asked == "auto" and quicker):
             return Decision("sparse")
         return Decision()
@@ -66,3 +71,7 @@ class Engines:
             self._require_sparse("this training was begun with the sparse engine")
             self._made[decision] = sparse.Sparse(self._setup)
         return self._made[decision]
+
+
+def _gpu() -> bool:
+    return bool(tf.config.list_logical_devices("GPU"))
