@@ -163,3 +163,15 @@ def test_more_jobs_than_cores_or_gpus_are_refused_and_auto_is_bounded(monkeypatc
     monkeypatch.setattr(crew, "_gpus", lambda: ["0", "1"])
     with pytest.raises(UserError, match=r"--jobs=3 is more than the 2 GPU\(s\) here"):
         experiments.jobs_of("3", Spec())
+
+
+def test_hands_get_their_share_of_the_gpus_and_the_leader_takes_no_memory(monkeypatch):
+    monkeypatch.setattr(crew, "_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(crew, "_hand", lambda connection, _, alive, share: connection.send(share))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", "false")
+    with crew.Crew(2, None) as made:
+        shares = [hand.connection.recv() for hand in made._hands]
+    assert shares == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"

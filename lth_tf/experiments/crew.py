@@ -115,6 +115,8 @@ class Crew:
         os.close(self._alive[0])
         # What depends on the number of GPUs is the same for the leader as for its hands.
         os.environ.update(gpu_share(found, 0, jobs))
+        if found:  # the leader trains nothing, and must not take the first one's memory from it
+            os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
 
     def __enter__(self) -> Crew:
         return self
