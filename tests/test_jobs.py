@@ -30,6 +30,8 @@ def begin(words, workdir, limit=None):
     return subprocess.Popen(
         ["bash", "-c", f'{shell}exec "$@"', "-", *line],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A suite that a shell runs in the background ignores it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
