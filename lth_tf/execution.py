@@ -8,6 +8,7 @@ beside them.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,12 @@ ENGINES = {
     "auto": "sparse where that can be and is quicker, on machines without a GPU; decided once for "
     "each training",
 }
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(schedulable(0))
 
 
 @dataclasses.dataclass(frozen=True)

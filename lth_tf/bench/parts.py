@@ -17,7 +17,7 @@ from unittest import mock
 from rich.table import Table
 
 from lth_tf import experiments
-from lth_tf.bench.rounds import alone
+from lth_tf.bench.rounds import alone, alternate
 from lth_tf.datasets import Dataset
 from lth_tf.spec import Spec
 from lth_tf.training import Trainer
@@ -86,7 +86,6 @@ def parts(spec: Spec, dataset: Dataset, steps: int) -> dict[str, Any]:
         alone(spec), train_steps=steps, eval_every=min(spec.eval_every, steps), replicates=1,
         controls=(), control_levels=(), rewind_step=0,
     )  # fmt: skip
-    clock = Clock()
     seen: set[str] = set()
     trainers: list[Trainer] = []
 
@@ -101,7 +100,7 @@ def parts(spec: Spec, dataset: Dataset, steps: int) -> dict[str, Any]:
 
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import lth_tf.command"], check=True)
-    clock.seconds["import"] = time.perf_counter() - began
+    imported = time.perf_counter() - began
     make = Trainer.__init__
 
     def noted(trainer: Any, *args: Any, **options: Any) -> None:
@@ -109,6 +108,8 @@ def parts(spec: Spec, dataset: Dataset, steps: int) -> dict[str, Any]:
         trainers.append(trainer)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        clock = Clock()
+        clock.seconds["import"] = imported
         stack.enter_context(mock.patch.object(Trainer, "__init__", noted))
         for owner, name, part in (
             (Trainer, "__init__", "network"), (Trainer, "evaluate", first("evaluate")),
@@ -116,24 +117,17 @@ def parts(spec: Spec, dataset: Dataset, steps: int) -> dict[str, Any]:
             (experiments.Laboratory, "write", "write"),
         ):  # fmt: skip
             stack.enter_context(clock.on(owner, name, part))
-        clock.turn()
-        clock.seconds["rest"] = 0.0
         experiments.run(spec, Path(folder), dataset)
         clock.turn()
     (trainer,) = trainers
     if trainer.engine.blocks:
-        each = statistics.median(_seconds(lambda: trainer.evaluate("validation")) for _ in range(5))
+        seconds = alternate({"": lambda: trainer.evaluate("validation")}, 5)[""]
+        each = statistics.median(seconds)
         trainings = len(experiments.plan(spec, dataset.input_shape, dataset.classes).densities)
         moved = min(each * trainings * (steps // spec.eval_every), clock.seconds["train"])
         clock.seconds["train"] -= moved
         clock.seconds["evaluate"] += moved
     return {"model": spec.model, "dataset": spec.dataset, "steps": steps, "seconds": clock.seconds}
-
-
-def _seconds(do: Any) -> float:
-    began = time.perf_counter()
-    do()
-    return time.perf_counter() - began
 
 
 def parts_table(result: dict[str, Any]) -> Table:

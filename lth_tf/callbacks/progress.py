@@ -12,7 +12,37 @@ from lth_tf.compat import keras
 from lth_tf.tasks import metric_of, task_of
 
 
-class Progress(keras.callbacks.Callback):
+class Steps(keras.callbacks.Callback):
+    """Tells by `describe` what is being trained, and by `advance` how many steps more are done.
+
+    Attributes:
+      looks: that it does not look at variables.
+    """
+
+    looks = False
+    _last = 0
+
+    def describe(self, what: str) -> None:
+        """Says what is being trained."""
+        raise NotImplementedError
+
+    def advance(self, steps: int) -> None:
+        """So many steps more are done."""
+        raise NotImplementedError
+
+    def begin(self, what: str, first: int) -> None:
+        """A training begins, at step `first` of its schedule."""
+        self._last = first
+        self.describe(what)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Counts the block's steps."""
+        step = (logs or {})["step"]
+        before, self._last = self._last, step
+        self.advance(step - before)
+
+
+class Progress(Steps):
     """Shows what is being trained, how far the experiment is and how long it will take.
 
     On a terminal it is a bar; elsewhere a line for each training that is finished.
@@ -21,12 +51,7 @@ class Progress(keras.callbacks.Callback):
     Args:
       console: where to write.
       steps: training steps of the whole experiment.
-
-    Attributes:
-      looks: that it does not look at variables.
     """
-
-    looks = False
 
     def __init__(self, console: rich.console.Console, steps: int):
         super().__init__()
@@ -42,7 +67,7 @@ class Progress(keras.callbacks.Callback):
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps)
-        self._done = self._last = 0
+        self._done = 0
         self._first: tuple[float, int] | None = None
         self._estimated = False
 
@@ -52,11 +77,6 @@ class Progress(keras.callbacks.Callback):
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
-
-    def begin(self, what: str, first: int) -> None:
-        """A training begins, at step `first` of its schedule."""
-        self._last = first
-        self.describe(what)
 
     def say(self, text: str) -> None:
         """Prints a finding."""
@@ -80,12 +100,6 @@ class Progress(keras.callbacks.Callback):
                 highlight=False,
                 soft_wrap=True,
             )
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts the block's steps."""
-        step = (logs or {})["step"]
-        before, self._last = self._last, step
-        self.advance(step - before)
 
     def describe(self, what: str) -> None:
         """Says what is being trained."""

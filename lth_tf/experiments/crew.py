@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,9 +22,11 @@ import traceback
 from typing import Any
 
 from lth_tf import datasets, distribute, edge
-from lth_tf.compat import keras, tf
+from lth_tf.callbacks.progress import Steps
+from lth_tf.compat import tf
 from lth_tf.distribute.shares import gpu_share, gpus
 from lth_tf.errors import UserError
+from lth_tf.execution import cores
 from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.workdirs import threads
 from lth_tf.recipes import RECIPES
@@ -32,12 +36,6 @@ from lth_tf.training.states import Interrupted
 
 _POLL = 0.2  # seconds between two looks at whether to stop
 _MEMORY = 2**31  # bytes that a process may well take
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return len(schedulable(0))
 
 
 def jobs_of(asked: str, spec: Spec) -> int:
@@ -69,6 +67,7 @@ def jobs_of(asked: str, spec: Spec) -> int:
     return max(1, min(most, work, memory // _MEMORY))
 
 
+@functools.cache
 def _gpus() -> list[str]:
     """The GPUs, looked for in another process: who has looked may not fork."""
     context = multiprocessing.get_context("fork")
@@ -177,10 +176,8 @@ class Crew:
             raise Interrupted("stopped; the states of all trainings are kept")
 
     def _give(self, hand: _Hand, what: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is gone, which is seen when it is heard
             hand.connection.send(what)
-        except OSError:  # it is gone, which is seen when it is heard
-            hand.doing = hand.doing or "its beginning"
 
     def _hear(
         self, hand: _Hand, lab: Laboratory, queue: collections.deque
@@ -210,7 +207,7 @@ class Crew:
         elif what == "note":
             lab.note(*given)
         elif lab.progress:
-            if what == "begin":
+            if what == "describe":
                 hand.doing = given[0]
                 lab.progress.describe("; ".join(h.doing for h in self._hands if h.doing))
             else:
@@ -218,18 +215,15 @@ class Crew:
         return None
 
 
-class _Heard(keras.callbacks.Callback):
+class _Heard(Steps):
     """A hand's progress, which is the leader's to show."""
-
-    looks = False
 
     def __init__(self, tell: Any):
         super().__init__()
-        self._tell, self._last = tell, 0
+        self._tell = tell
 
-    def begin(self, what: str, first: int) -> None:
-        self._last = first
-        self._tell("begin", what)
+    def describe(self, what: str) -> None:
+        self._tell("describe", what)
 
     def say(self, text: str) -> None:
         self._tell("say", text)
@@ -237,10 +231,8 @@ class _Heard(keras.callbacks.Callback):
     def skip(self, steps: int) -> None:
         self._tell("skip", steps)
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        step = (logs or {})["step"]
-        before, self._last = self._last, step
-        self._tell("advance", step - before)
+    def advance(self, steps: int) -> None:
+        self._tell("advance", steps)
 
 
 def _hand(connection: Any, not_mine: list[Any], alive: tuple[int, int], share: dict) -> None:

@@ -15,7 +15,7 @@ from lth_tf import edge, storage
 from lth_tf.analysis.summary import read_metrics
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
-from lth_tf.execution import ENGINES, Execution
+from lth_tf.execution import ENGINES, Execution, cores
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
 from lth_tf.tickets import Ticket, load_trained
@@ -74,11 +74,10 @@ def read_spec(workdir: Path) -> Spec:
 def threads() -> int:
     """Returns how many threads TensorFlow computes an operation with on this machine's CPUs."""
     asked = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
-    schedulable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return (
         tf.config.threading.get_intra_op_parallelism_threads()
         or (int(asked) if asked.isdecimal() else 0)
-        or len(schedulable(0))
+        or cores()
     )
 
 

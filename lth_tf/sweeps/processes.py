@@ -18,7 +18,7 @@ from typing import Any
 from lth_tf import storage
 from lth_tf.distribute.shares import gpu_share, gpus
 from lth_tf.errors import UserError
-from lth_tf.experiments.crew import cores
+from lth_tf.execution import cores
 from lth_tf.recipes import RECIPES
 from lth_tf.sweeps import runs
 from lth_tf.sweeps.grid import Grid, Run
