@@ -31,6 +31,21 @@ def cores() -> int:
     return len(schedulable(0))
 
 
+def number_of(flag: str, text: str) -> int:
+    """Returns the number that is given for how many trainings are done side by side.
+
+    Args:
+      flag: what it is given by.
+      text: what is given, and is not 'auto'.
+
+    Raises:
+      UserError: it is no number from 1 on.
+    """
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise UserError(f"--{flag}={text} is neither a number from 1 on nor 'auto'")
+    return int(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """What is asked for.

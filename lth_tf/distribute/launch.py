@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from lth_tf.errors import UserError
+from lth_tf.execution import cores
 from lth_tf.registry import nearest
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -113,10 +114,8 @@ def free_ports(count: int) -> list[int]:
 
 def _start(words: list[str], addresses: list[str], index: int) -> subprocess.Popen:
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-    # Not on every POSIX system is there an affinity.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environ = {
-        "TF_NUM_INTRAOP_THREADS": str(max(1, (cores or 1) // len(addresses))), **os.environ,
+        "TF_NUM_INTRAOP_THREADS": str(max(1, cores() // len(addresses))), **os.environ,
         "TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     try:

@@ -26,7 +26,7 @@ from lth_tf.callbacks.progress import Steps
 from lth_tf.compat import tf
 from lth_tf.distribute.shares import gpu_share, gpus
 from lth_tf.errors import UserError
-from lth_tf.execution import cores
+from lth_tf.execution import cores, number_of
 from lth_tf.experiments.laboratory import Laboratory
 from lth_tf.experiments.workdirs import threads
 from lth_tf.recipes import RECIPES
@@ -51,16 +51,15 @@ def jobs_of(asked: str, spec: Spec) -> int:
     """
     if asked == "1":
         return 1
-    if asked != "auto" and not (asked.isascii() and asked.isdecimal() and int(asked)):
-        raise UserError(f"--jobs={asked} is neither a number from 1 on nor 'auto'")
+    number = None if asked == "auto" else number_of("jobs", asked)
     found = _gpus()
     most, what = (len(found), "GPU(s)") if found else (cores(), "core(s)")
-    if asked != "auto":
-        if int(asked) > most:
+    if number is not None:
+        if number > most:
             raise UserError(
                 f"--jobs={asked} is more than the {most} {what} here; give {most} or fewer, or auto"
             )
-        return int(asked)
+        return number
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     tickets = len(spec.density) if RECIPES[spec.recipe].picks else 1
     work = spec.replicates * tickets * (1 + len(spec.controls))

@@ -18,7 +18,7 @@ from typing import Any
 from lth_tf import storage
 from lth_tf.distribute.shares import gpu_share, gpus
 from lth_tf.errors import UserError
-from lth_tf.execution import cores
+from lth_tf.execution import cores, number_of
 from lth_tf.recipes import RECIPES
 from lth_tf.sweeps import runs
 from lth_tf.sweeps.grid import Grid, Run
@@ -44,19 +44,17 @@ def execution_words(
     >>> execution_words(2, engine="sparse")
     ['--engine=sparse']
     """
-    if run_jobs == "auto":
-        run_jobs = str(max(1, cores() // jobs))
-    if not (run_jobs.isascii() and run_jobs.isdecimal() and int(run_jobs)):
-        raise UserError(f"--run_jobs={run_jobs} is neither a number from 1 on nor 'auto'")
-    many = jobs * int(run_jobs)
-    if run_jobs != "1":
+    auto = run_jobs == "auto"
+    each = max(1, cores() // jobs) if auto else number_of("run_jobs", run_jobs)
+    many = jobs * each
+    if each > 1:
         if many > cores():
             raise UserError(
-                f"--jobs={jobs} runs of --run_jobs={run_jobs} trainings are {many} at a time, more "
+                f"--jobs={jobs} runs of --run_jobs={each} trainings are {many} at a time, more "
                 f"than the {cores()} core(s) here; give less of one of them"
             )
         threads = threads or cores() // many
-    given = {"jobs": run_jobs if run_jobs != "1" else None, "engine": engine, "threads": threads}
+    given = {"jobs": each if each > 1 else None, "engine": engine, "threads": threads}
     return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
