@@ -24,6 +24,13 @@ ENGINES = {
     "each training",
 }
 
+COMPACT = {
+    "auto": "where that saves more than it takes to build the smaller network; decided once for "
+    "each training",
+    "on": "wherever it can be done",
+    "off": "never",
+}
+
 
 def cores() -> int:
     """Returns how many cores this process may use."""
@@ -53,6 +60,8 @@ class Execution:
     Attributes:
       engine: what computes the steps, a key of ENGINES; None: what the workdir was begun with,
         'tensorflow' for a new one.
+      compact: whether TensorFlow trains only the channels that take part, a key of COMPACT; None:
+        what the workdir was begun with, 'auto' for a new one.
       live: whether TensorBoard's logs are written at each evaluation, to be looked at meanwhile,
         and not only at checkpoints and at the end of a training.
 
@@ -61,14 +70,18 @@ class Execution:
     """
 
     engine: str | None = None
+    compact: str | None = None
     live: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine is not None and self.engine not in ENGINES:
-            raise UserError(
-                f"unknown engine {self.engine!r}; there are: {', '.join(ENGINES)}."
-                f"{nearest(str(self.engine), list(ENGINES))}"
-            )
+        for what, given, known in (
+            ("engine", self.engine, ENGINES), ("compact training", self.compact, COMPACT)
+        ):  # fmt: skip
+            if given is not None and given not in known:
+                raise UserError(
+                    f"unknown {what} {given!r}; there are: {', '.join(known)}."
+                    f"{nearest(str(given), list(known))}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +90,29 @@ class Decision:
 
     Attributes:
       engine: 'tensorflow' or 'sparse'.
+      compact: whether TensorFlow trains only the channels that take part.
     """
 
     engine: str = "tensorflow"
+    compact: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """Returns a record of it."""
+        if not self.compact:
+            return {"engine": self.engine}
+        return {"engine": self.engine, "compact": True, "left_out_statistics": "as at the start"}
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> Decision:
         """Returns the decision that a record tells; without one it is the graph of all weights."""
-        return cls(**values) if values else cls()
+        return cls(values["engine"], values.get("compact", False)) if values else cls()
 
     @staticmethod
     def is_told_by(values: Any) -> bool:
         """Says whether that can be made of a record."""
         if values is None:
             return True
-        whole = isinstance(values, dict) and values.keys() == {"engine"}
-        return whole and values["engine"] in ("tensorflow", "sparse")
+        return isinstance(values, dict) and any(
+            values == each.told()
+            for each in (Decision(), Decision("sparse"), Decision(compact=True))
+        )

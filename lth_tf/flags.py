@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from lth_tf import edge
 from lth_tf.datasets import DATASETS
 from lth_tf.errors import UserError
-from lth_tf.execution import ENGINES
+from lth_tf.execution import COMPACT, ENGINES
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.models import INITS, MODELS
 from lth_tf.recipes import RECIPES
@@ -148,13 +148,19 @@ def define_execution(jobs: str) -> list[flags.FlagHolder]:
       jobs: what the flag is called that says how many are trained side by side.
 
     Returns:
-      What have the values of --engine, of --threads and of that.
+      What have the values of that, of --engine, of --compact_training and of --threads.
     """
     what = "; ".join(f"{name}: {text}" for name, text in ENGINES.items())
     engine = flags.DEFINE_enum(
         "engine", None, list(ENGINES),
         f"What computes the steps of trainings. {what}. (default: what the workdir was begun with, "
         "or tensorflow)",
+    )  # fmt: skip
+    saves = "; ".join(f"{name}: {text}" for name, text in COMPACT.items())
+    compact = flags.DEFINE_enum(
+        "compact_training", None, list(COMPACT),
+        "Whether TensorFlow trains only the channels that take part in a training under its mask, "
+        f"as a smaller network. {saves}. (default: what the workdir was begun with, or auto)",
     )  # fmt: skip
     threads = flags.DEFINE_integer(
         "threads", None,
@@ -167,7 +173,7 @@ def define_execution(jobs: str) -> list[flags.FlagHolder]:
         "Trainings side by side in one experiment, each in a process of its own that has its share "
         "of cores and GPUs: a number, or auto.",
     )  # fmt: skip
-    return [engine, threads, side]
+    return [side, engine, compact, threads]
 
 
 def _scorer_flags() -> dict[str, tuple[str, str]]:
@@ -391,8 +397,8 @@ _GROUPS = {
     ),
     "training": ("train_steps", "batch_size", "optimizer", "learning_rate", "lr_schedule"),
     "devices": (
-        "distribute", "devices", "workers", "precision", "compile", "engine", "sync_batch_norm",
-        "communication", "worker_timeout",
+        "distribute", "devices", "workers", "precision", "compile", "engine", "compact_training",
+        "sync_batch_norm", "communication", "worker_timeout",
     ),
     "output": ("workdir", "plan"),
 }  # fmt: skip

@@ -76,15 +76,16 @@ def test_a_measurement_asks_for_what_there_is_to_give(name):
     assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds"}
 
 
-def test_bench_of_levels(tmp_path):
+def test_bench_of_levels(tmp_path, monkeypatch):
+    monkeypatch.setattr("lth_tf.bench.levels.DENSITIES", (1.0, 0.2, 0.036))
     small = Spec(
         dataset="digits", model="lenet_20_10", validation_size=100, eval_every=3, compile="off"
     )
     result = levels(small, datasets.load("digits"), 6, 1)
-    engines = ["tensorflow", "sparse"] if importlib.util.find_spec("numba") else ["tensorflow"]
+    engines = ["tensorflow", "compact", *["sparse"] * bool(importlib.util.find_spec("numba"))]
     assert list(result["engines"]) == engines
     for found in result["engines"].values():
-        assert list(found) == ["1.0", "0.5", "0.2", "0.1", "0.05", "0.036", "0.01"]
+        assert list(found) == ["1.0", "0.2", "0.036"]
         assert all(one["seconds"] > 0 and one["ratio"] > 0 for one in found.values())
     assert result["engines"]["tensorflow"]["1.0"]["ratio"] == 1
     texts = io.StringIO()
@@ -94,8 +95,9 @@ def test_bench_of_levels(tmp_path):
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="cannot write"):
         levels_figure(result, tmp_path / "none" / "f.png")
+    monkeypatch.setattr("lth_tf.bench.levels.DENSITIES", (1.0,))
     conv = dataclasses.replace(small, model="conv2")
-    assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow"]
+    assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow", "compact"]
 
 
 @pytest.mark.parametrize("compiled", ["on", "off"])

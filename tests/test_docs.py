@@ -230,7 +230,7 @@ def own_flags(tool):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("flags.DEFINE_"):
             found.add(ast.literal_eval(node.args[0]))
         elif isinstance(node, ast.Call) and "define_execution" in ast.unparse(node.func):
-            found |= {"engine", "threads", ast.literal_eval(node.args[0])}
+            found |= {"engine", "compact_training", "threads", ast.literal_eval(node.args[0])}
     assert found
     return found
 

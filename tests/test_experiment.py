@@ -944,7 +944,8 @@ def test_a_workdir_remembers_its_threads_and_says_when_there_are_others(tmp_path
     assert said_by(recwarn, tmp_path, levels=0) == []
     path, here = tmp_path / "execution.json", workdirs.threads()
     assert json.loads(path.read_text()) == {
-        "engine": "tensorflow", "format_number": storage.FORMAT, "threads": here,
+        "engine": "tensorflow", "compact_training": "auto", "format_number": storage.FORMAT,
+        "threads": here,
     }  # fmt: skip
     path.rename(path := tmp_path / "threads.json")  # as it was called before there were engines
     before = (tmp_path / "spec.json").read_bytes()

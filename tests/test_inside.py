@@ -834,6 +834,23 @@ def test_pruning_is_chain():
     assert not pruning.is_chain(keras.Model(x, twice(twice(x))))
 
 
+def test_pruning_calls_of():
+    x = keras.Input([3])
+    y = layers.Dense(4, name="y")(x)
+    z = layers.Dense(4, name="z")(x)
+    model = keras.Model(x, [layers.Add(name="sum")([z, y]), y])
+    found = [(c.name, [f.name for f in fs], s) for c, fs, s in pruning.calls_of(model)]
+    (first, *_), (last, *_) = found[0], found[-1]
+    assert sorted(found[1:-1]) == [("y", [first], (None, 4)), ("z", [first], (None, 4))]
+    assert found[0][1:] == ([], (None, 3)) and (last, found[-1][1]) == ("sum", ["z", "y"])
+    chain = keras.Sequential([keras.Input([3]), layers.Dense(2, name="d"), layers.ReLU(name="r")])
+    assert [(c.name, [f.name for f in fs]) for c, fs, _ in pruning.calls_of(chain)][1:] == [
+        ("d", [chain.input_names[0]]), ("r", ["d"]),
+    ]  # fmt: skip
+    same = layers.Dense(3)
+    assert [c for c, _, _ in pruning.calls_of(keras.Model(x, same(same(x))))][1:] == [same, same]
+
+
 @pytest.mark.parametrize("timed", [True, False])
 def test_pruning_untimed(timed, monkeypatch):
     class Slow(keras.callbacks.Callback):

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = [
     {"compat", "errors", "masks"},
     {"budgets", "edge", "pruning", "registry", "storage"},
-    {"execution", "schedules", "scopes", "tasks"},
+    {"compaction", "execution", "schedules", "scopes", "tasks"},
     {"callbacks", "recipes"},
     {"spec"},
     {"datasets", "distribute", "models", "tickets"},

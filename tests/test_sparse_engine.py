@@ -295,7 +295,7 @@ def test_what_it_cannot_train_is_said_at_once(changes, why):
     with pytest.raises(UserError, match=f"engine=sparse cannot train this: .*{why}.*tensorflow"):
         Trainer(spec(**changes), DIGITS, execution=Execution("sparse"))
     auto = Trainer(spec(**changes), DIGITS, execution=Execution("auto"))
-    assert auto.engines.choose(start(auto, 0.01)[1]).engine == "tensorflow"
+    assert auto.engines.choose(start(auto, 0.01)[1], 10).engine == "tensorflow"
 
 
 def test_without_the_extra_the_command_to_install_it_is_said(monkeypatch):
@@ -374,7 +374,7 @@ def test_an_unknown_engine_is_refused():
 def test_where_there_is_a_gpu_auto_is_tensorflow(monkeypatch):
     auto = Trainer(spec(), DIGITS, execution=Execution("auto"))
     mask = start(auto, 0.01)[1]
-    assert auto.engines.choose(mask).engine == "sparse"
+    assert auto.engines.choose(mask, 10).engine == "sparse"
     monkeypatch.setattr("lth_tf.training.engines._gpu", lambda: True)
-    assert auto.engines.choose(mask).engine == "tensorflow"
+    assert auto.engines.choose(mask, 10).engine == "tensorflow"
     assert "on the GPU" in auto.engines.told()

@@ -621,6 +621,7 @@ def test_how_runs_are_computed_is_passed_on_and_bounded(monkeypatch):
     assert sweeps.execution_words(2, "2", "auto") == ["--jobs=2", "--engine=auto", "--threads=2"]
     assert sweeps.execution_words(2, "auto", threads=1) == ["--jobs=4", "--threads=1"]
     assert sweeps.execution_words(9, "auto") == []
+    assert sweeps.execution_words(9, compact="off") == ["--compact_training=off"]
     with pytest.raises(UserError, match="are 12 at a time, more than the 8"):
         sweeps.execution_words(3, "4")
     for mistake in ("0", "x", "-1"):

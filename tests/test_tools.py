@@ -355,7 +355,7 @@ def test_help_has_groups_and_the_main_flags_first(monkeypatch, capsys):
         fields = set(fields_of(name)) - {"recipe", "scorer_options"}
         assert len(names) == len(set(names)) and fields <= set(names) <= fields | {
             "preset", "compression", "workdir", "data_dir", "trunk", "plan", "score_only", "engine",
-            "jobs", "threads", "live",
+            "compact_training", "jobs", "threads", "live",
         }  # fmt: skip
         first = {title: flag for (title, _), (_, flag) in zip(found, found[1:], strict=False)}
         assert [first[t] for t in titles] == [

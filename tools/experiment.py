@@ -24,7 +24,7 @@ def experiment(recipe: str) -> Callable[[], None]:
         "data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR)."
     )
     trunk = flags.DEFINE_string("trunk", None, "Workdir whose dense network is the same.")
-    engine, threads, jobs = lth_tf.flags.define_execution("jobs")
+    jobs, engine, compact, threads = lth_tf.flags.define_execution("jobs")
     live = flags.DEFINE_bool("live", False, "Write TensorBoard logs at each evaluation.")
     plan = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
     if record.picks:
@@ -34,7 +34,8 @@ def experiment(recipe: str) -> Callable[[], None]:
         spec = lth_tf.flags.spec_from_flags(recipe)
         options = {
             "plan_only": plan.value, "trunk": trunk.value, "jobs": jobs.value,
-            "threads": threads.value, "execution": Execution(engine.value, live.value),
+            "threads": threads.value,
+            "execution": Execution(engine.value, compact.value, live.value),
         }  # fmt: skip
         if record.picks:
             options["score_only"] = flags.FLAGS.score_only

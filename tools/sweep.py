@@ -19,7 +19,7 @@ DENSITIES = flags.DEFINE_list("densities", None, "comma-separated: --density/--t
 SCORERS = flags.DEFINE_list("scorers", None, "comma-separated: values of lth-oneshot's --scorer.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything.", required=True)
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
-ENGINE, THREADS, RUN_JOBS = lth_tf.flags.define_execution("run_jobs")
+COMPUTED = lth_tf.flags.define_execution("run_jobs")
 SHARD = flags.DEFINE_string("shard", None, "i/n, i from 1: a part of the grid (default: Slurm's).")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 PLAN = flags.DEFINE_bool("plan", False, "Print the grid, and stop.")
@@ -30,7 +30,7 @@ def main(passed: list[str]) -> int:
     grid = sweeps.grid(PRESETS.value, SEEDS.value, DENSITIES.value, SCORERS.value, passed)
     shard, workdir = sweeps.shard_of(SHARD.value), edge.folder(WORKDIR.value)
     if not PLAN.value:
-        more = sweeps.execution_words(JOBS.value, RUN_JOBS.value, ENGINE.value, THREADS.value)
+        more = sweeps.execution_words(JOBS.value, *(each.value for each in COMPUTED))
         return sweeps.sweep(
             grid, workdir, jobs=JOBS.value, shard=shard, data_dir=DATA_DIR.value, more=more
         )

@@ -13,12 +13,16 @@ from lth_tf import masks, storage
 from lth_tf.bench.rounds import Contender, alone, alternate, initial, ratio
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
-from lth_tf.execution import ENGINES, Execution
-from lth_tf.masks import Mask
+from lth_tf.execution import Execution
 from lth_tf.scopes import SCOPES
 from lth_tf.spec import Spec
 from lth_tf.training import Trainer
 
+CONTENDERS = {
+    "tensorflow": Execution(compact="off"),
+    "compact": Execution(compact="on"),
+    "sparse": Execution("sparse"),
+}
 DENSITIES = 1.0, 0.5, 0.2, 0.1, 0.05, 0.036, 0.01
 
 
@@ -35,40 +39,40 @@ def levels(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
 
     Returns:
       For each engine that can train the network: seconds and ratio by density, medians; a ratio
-      is that over the dense training in TensorFlow of the same round.
+      is that over the dense training in TensorFlow of the same round. To build graphs is no part
+      of it: what compact training needs for each level is in its table of costs.
     """
     spec = alone(spec)
-    trainers: dict[str, Trainer] = {}
-    for engine in ENGINES:
-        if engine != "auto":
-            try:
-                trainers[engine] = Trainer(spec, dataset, execution=Execution(engine))
-            except UserError:
-                if engine == "tensorflow":  # the network itself cannot be trained so
-                    raise
-    weights, scores = initial(trainers["tensorflow"])
+    trainers: dict[str, list[Trainer]] = {}
+    for engine, execution in CONTENDERS.items():
+        # A smaller network is built for each mask: one trainer would build it again and again.
+        many = len(DENSITIES) if engine == "compact" else 1
+        try:
+            made = [Trainer(spec, dataset, execution=execution) for _ in range(many)]
+        except UserError:
+            if engine == "tensorflow":  # the network itself cannot be trained so
+                raise
+            continue
+        trainers[engine] = made * (len(DENSITIES) // many)
+    weights, scores = initial(trainers["tensorflow"][0])
+    dense = masks.ones({name: s.shape for name, s in scores.items()})
 
-    def training(trainer: Trainer, mask: Mask) -> Contender:
+    def training(trainer: Trainer, density: float) -> Contender:
+        mask = SCOPES["layerwise"](scores, density) if density < 1 else dense
         return functools.partial(trainer.train, masks.apply(mask, weights), mask, 0, steps)
 
     contenders = {
-        (engine, density): training(
-            trainer,
-            SCOPES["layerwise"](scores, density)
-            if density < 1
-            else masks.ones({name: s.shape for name, s in scores.items()}),
-        )
-        for density in DENSITIES
-        for engine, trainer in trainers.items()
+        (engine, density): training(trainers[engine][i], density)
+        for i, density in enumerate(DENSITIES)
+        for engine in trainers
     }
     seconds = alternate(contenders, rounds)
-    dense = seconds["tensorflow", 1.0]
     result: dict[str, Any] = {"model": spec.model, "dataset": spec.dataset, "engines": {}}
     for engine in trainers:
         result["engines"][engine] = {
             str(density): {
                 "seconds": statistics.median(seconds[engine, density]),
-                "ratio": ratio(seconds[engine, density], dense),
+                "ratio": ratio(seconds[engine, density], seconds["tensorflow", 1.0]),
             }
             for density in DENSITIES
         }

@@ -331,7 +331,7 @@ class Laboratory:
         metric = self.trainer.task.metric
         digest = summary.write_metrics(folder / "metrics.csv", metric, trained.rows)
         other = trained.decision != Decision()
-        decision = dataclasses.asdict(trained.decision) if other else None
+        decision = trained.decision.told() if other else None
         save_trained(folder / TRAINED, trained.weights, ticket, digest, decision)
         checkpoints.clear(folder)
 

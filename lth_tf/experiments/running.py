@@ -63,11 +63,12 @@ def opened(
                 strange = summary.contradicting(work, summary.written(work))
             stack.enter_context(storage.lock(work))
             require_own(work, spec)
-            return {}, [strange, settled(work, execution).engine]
+            there = settled(work, execution)
+            return {}, [strange, there.engine, there.compact]
 
         source = edge.folder(trunk) if trunk else None
-        _, (strange, engine) = workers.share(own)
-        execution = dataclasses.replace(execution, engine=engine)
+        _, (strange, engine, compact) = workers.share(own)
+        execution = dataclasses.replace(execution, engine=engine, compact=compact)
         asked = stack.enter_context(checkpoints.terminations())
         lab = Laboratory(
             spec, work, dataset, strategy, asked, source, trains, blueprint, execution

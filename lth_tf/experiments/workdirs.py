@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from lth_tf import edge, storage
 from lth_tf.analysis.summary import read_metrics
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
-from lth_tf.execution import ENGINES, Execution, cores
+from lth_tf.execution import COMPACT, ENGINES, Execution, cores
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, differences
 from lth_tf.tickets import Ticket, load_trained
@@ -95,13 +95,13 @@ def take_threads(workdir: Path, asked: int | None, share: int | None = None) -> 
     """
     workdir = edge.folder(workdir)
     begun = read_execution(workdir) if any(workdir.glob("replicate_*")) else None
-    if begun and asked not in (None, begun[1]):
+    if begun and asked not in (None, begun.threads):
         raise UserError(
-            f"{str(workdir)!r} was begun with --threads={begun[1]}; give that, or leave it out, or "
-            f"choose another --workdir for --threads={asked}"
+            f"{str(workdir)!r} was begun with --threads={begun.threads}; give that, or leave it "
+            f"out, or choose another --workdir for --threads={asked}"
         )
     told = "TF_NUM_INTRAOP_THREADS" in os.environ  # by who knows what he does
-    wanted = asked or (None if told else begun[1] if begun else share)
+    wanted = asked or (None if told else begun.threads if begun else share)
     if wanted and wanted != threads():
         try:
             tf.config.threading.set_intra_op_parallelism_threads(wanted)
@@ -111,8 +111,21 @@ def take_threads(workdir: Path, asked: int | None, share: int | None = None) -> 
             ) from error
 
 
-def read_execution(workdir: Path) -> tuple[str, int] | None:
-    """Returns the engine and the threads that a workdir was begun with; None: nothing is known.
+class Begun(NamedTuple):
+    """How a workdir was begun to be computed; the defaults are those of before it was told.
+
+    Attributes:
+      engine, compact: see `Execution`.
+      threads: for each operation; 0: not known.
+    """
+
+    engine: str = "tensorflow"
+    compact: str = "off"
+    threads: int = 0
+
+
+def read_execution(workdir: Path) -> Begun | None:
+    """Returns how a workdir was begun; None: nothing is known.
 
     Raises:
       UserError: what tells it is damaged.
@@ -125,10 +138,13 @@ def read_execution(workdir: Path) -> tuple[str, int] | None:
         storage.require_format(path, values.get("format_number"))
         remedy = "delete it: then nothing is known of how the workdir was begun"
         with storage.reading(path, "is damaged", remedy):
-            engine, count = values.get("engine", "tensorflow"), values["threads"]
-            storage.require(engine in ENGINES, f"engine is {engine!r}")
+            known = {"engine": "engine", "compact_training": "compact", "threads": "threads"}
+            begun = Begun(**{known[k]: v for k, v in values.items() if k in known})
+            storage.require(begun.engine in ENGINES, f"engine is {begun.engine!r}")
+            storage.require(begun.compact in COMPACT, f"compact_training is {begun.compact!r}")
+            count = begun.threads
             storage.require(storage.is_count(count) and count, f"threads is {count!r}")
-        return engine, count
+        return begun
     return None
 
 
@@ -143,14 +159,18 @@ def settled(workdir: Path, asked: Execution) -> Execution:
       UserError: it was begun with something else.
     """
     if not any(workdir.glob("replicate_*")):
-        return Execution(asked.engine or "tensorflow")
-    there = (read_execution(workdir) or ("tensorflow", 0))[0]
-    if asked.engine not in (None, there):
-        raise UserError(
-            f"{str(workdir)!r} was begun with --engine={there}; give that, or leave it out, or "
-            f"choose another --workdir for --engine={asked.engine}"
-        )
-    return Execution(there)
+        return Execution(asked.engine or "tensorflow", asked.compact or "auto")
+    begun = read_execution(workdir) or Begun()
+    for flag, there, given in (
+        ("engine", begun.engine, asked.engine),
+        ("compact_training", begun.compact, asked.compact),
+    ):
+        if given not in (None, there):
+            raise UserError(
+                f"{str(workdir)!r} was begun with --{flag}={there}; give that, or leave it out, or "
+                f"choose another --workdir for --{flag}={given}"
+            )
+    return Execution(begun.engine, begun.compact)
 
 
 def note_execution(workdir: Path, execution: Execution) -> str:
@@ -171,7 +191,8 @@ def note_execution(workdir: Path, execution: Execution) -> str:
     if any(workdir.glob("replicate_*")):
         return other_threads(workdir)
     values = {
-        "engine": execution.engine, "format_number": storage.FORMAT, "threads": threads()
+        "engine": execution.engine, "compact_training": execution.compact,
+        "format_number": storage.FORMAT, "threads": threads(),
     }  # fmt: skip
     storage.write(workdir / "execution.json", json.dumps(values) + "\n")
     return ""
@@ -184,7 +205,7 @@ def other_threads(workdir: Path) -> str:
       UserError: what tells it is damaged.
     """
     here = threads()
-    there = (read_execution(workdir) or ("", here))[1]
+    there = (read_execution(workdir) or Begun()).threads or here
     if there == here:
         return ""
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,12 +90,17 @@ class StatelessDropout(keras.layers.Layer):
     Args:
       rate: fraction of inputs set to 0, below 1; the rest is scaled by 1 / (1 - rate).
       seed: any integer.
+      width, kept: how many channels a network has of which the inputs are a part, and which
+        channels these are: they get the noise that they would get there.
     """
 
-    def __init__(self, rate: float, seed: int, **kwargs: Any):
+    def __init__(
+        self, rate: float, seed: int, width: int = 0, kept: Sequence[int] = (), **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.rate = rate
         self.seed = seed
+        self.width, self.kept = width, [int(i) for i in kept]
 
     def build(self, input_shape: Any) -> None:
         """Creates the count, int64 []."""
@@ -127,8 +132,10 @@ class StatelessDropout(keras.layers.Layer):
         # Drawn for the whole batch, so that any number of replicas drops the same.
         shape = tf.shape(inputs)
         first, n = replica * shape[0], shape[0]
-        noise = tf.random.stateless_uniform(tf.concat([[replicas * n], shape[1:]], 0), key)
-        noise = noise[first : first + n]
+        size = [[replicas * n], shape[1:-1], [self.width or shape[-1]]]
+        noise = tf.random.stateless_uniform(tf.concat(size, 0), key)[first : first + n]
+        if self.width:
+            noise = tf.gather(noise, tf.constant(self.kept, tf.int32), axis=-1)
         with tf.control_dependencies([noise]):
             self.count.assign_add(1)
         scale = tf.cast(1 / (1 - self.rate), inputs.dtype)
@@ -136,7 +143,16 @@ class StatelessDropout(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration."""
-        return {**super().get_config(), "rate": self.rate, "seed": self.seed}
+        part = {"width": self.width, "kept": self.kept} if self.width else {}
+        return {**super().get_config(), "rate": self.rate, "seed": self.seed, **part}
+
+    def narrowed(self, keep: np.ndarray) -> dict[str, Any]:
+        """Returns the configuration for a part of the channels; see `compaction`.
+
+        Args:
+          keep: bool [channels].
+        """
+        return {**self.get_config(), "width": len(keep), "kept": np.flatnonzero(keep).tolist()}
 
 
 def require_images(model: str, input_shape: tuple[int, ...], smallest: int = 1) -> None:

@@ -82,6 +82,21 @@ def is_chain(model: Any) -> bool:
     return fed == [[], *([[name]] for name in names[:-1])]
 
 
+def calls_of(model: Any) -> list[tuple[Any, list[Any], tuple[int | None, ...]]]:
+    """Returns a layer, the layers whose outputs it takes, and its output's shape, for each call.
+
+    Of a model that Keras knows as a graph, each call after those it takes from. Where a layer puts
+    out several tensors the shape is the first one's.
+    """
+    by_depth = model._nodes_by_depth
+    nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+    found = []
+    for node in nodes:
+        shape = tuple(tf.nest.flatten(node.outputs)[0].shape)
+        found.append((node.layer, list(tf.nest.flatten(node.inbound_layers)), shape))
+    return found
+
+
 def is_tracked(model: Any, value: Any) -> bool:
     """Says whether an attribute's value is a layer, or a list or dict, that Keras tracks."""
     return any(value is tracked for tracked in model._self_tracked_trackables)

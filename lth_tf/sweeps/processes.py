@@ -28,15 +28,16 @@ INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
 
 
 def execution_words(
-    jobs: int, run_jobs: str = "1", engine: str | None = None, threads: int | None = None
-) -> list[str]:
+    jobs: int, run_jobs: str = "1", engine: str | None = None, compact: str | None = None,
+    threads: int | None = None,
+) -> list[str]:  # fmt: skip
     """Returns the flags that say how each run of a sweep is computed.
 
     Args:
       jobs: runs at a time.
       run_jobs: trainings side by side in each of them; 'auto': each has its share of the cores.
-      engine, threads: of the runs; None: what they take by themselves, but not more threads than
-        there are cores for all.
+      engine, compact, threads: of the runs; None: what they take by themselves, but not more
+        threads than there are cores for all.
 
     Raises:
       UserError: no number, or more trainings at a time than there are cores.
@@ -54,7 +55,10 @@ def execution_words(
                 f"than the {cores()} core(s) here; give less of one of them"
             )
         threads = threads or cores() // many
-    given = {"jobs": each if each > 1 else None, "engine": engine, "threads": threads}
+    given = {
+        "jobs": each if each > 1 else None, "engine": engine, "compact_training": compact,
+        "threads": threads,
+    }  # fmt: skip
     return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 

@@ -177,9 +177,12 @@ class Trainer:
             pruning.inner_optimizer(self.optimizer).learning_rate = self._rate
         hooks.on_train_begin()
         began = time.perf_counter()
-        decision = Decision.of(state.decision) if state else self.engines.choose(mask)
+        self.engines.look()
+        decision = (
+            Decision.of(state.decision) if state else self.engines.choose(mask, stop - start)
+        )
         course = _Course(
-            State(start, start, 0.0, [], 0.0, decision=dataclasses.asdict(decision)), stop, seed,
+            State(start, start, 0.0, [], 0.0, decision=decision.told()), stop, seed,
             hooks, any(getattr(each, "looks", True) for each in callbacks),
             lambda step: [capture, *(ask(step) for ask in asking)], keep, asked, began,
         )  # fmt: skip
