@@ -12,8 +12,8 @@ import rich.console
 from rich.table import Table
 from test_tools import run as run_tool
 
-from lth_tf import datasets
-from lth_tf.bench import MEASUREMENTS, Measurement
+from lth_tf import datasets, experiments
+from lth_tf.bench import MEASUREMENTS, Measurement, measure
 from lth_tf.bench.checkpoints import checkpoints, checkpoints_table
 from lth_tf.bench.levels import levels, levels_figure, levels_table
 from lth_tf.bench.loops import train
@@ -42,9 +42,9 @@ def test_bench_of_scale_and_of_checkpoints():
         rich.console.Console(file=io.StringIO()).print(table)
     with pytest.raises(UserError, match="no checkpoint within 5 steps"):
         checkpoints(two, data, 5, 1)
-    for measure in (train, scale):
+    for measurement in (train, scale):
         with pytest.raises(UserError, match="leave --distribute and --devices out"):
-            measure(dataclasses.replace(two, distribute="mirrored"), data, 1, 1)
+            measurement(dataclasses.replace(two, distribute="mirrored"), data, 1, 1)
 
 
 def test_a_measurement_is_one_entry(monkeypatch, capsys):
@@ -73,7 +73,7 @@ def test_a_measurement_is_one_entry(monkeypatch, capsys):
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_a_measurement_asks_for_what_there_is_to_give(name):
     asked = set(inspect.signature(MEASUREMENTS[name].run).parameters)
-    assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds"}
+    assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds", "tickets"}
 
 
 def test_bench_of_levels(tmp_path, monkeypatch):
@@ -85,12 +85,12 @@ def test_bench_of_levels(tmp_path, monkeypatch):
     engines = ["tensorflow", "compact", *["sparse"] * bool(importlib.util.find_spec("numba"))]
     assert list(result["engines"]) == engines
     for found in result["engines"].values():
-        assert list(found) == ["1.0", "0.2", "0.036"]
+        assert [float(d) for d in found] == pytest.approx([1, 0.2, 0.036], abs=1e-3)
         assert all(one["seconds"] > 0 and one["ratio"] > 0 for one in found.values())
     assert result["engines"]["tensorflow"]["1.0"]["ratio"] == 1
     texts = io.StringIO()
     rich.console.Console(file=texts).print(levels_table(result))
-    assert "3.6%" in texts.getvalue() and all(engine in texts.getvalue() for engine in engines)
+    assert "20.0%" in texts.getvalue() and all(engine in texts.getvalue() for engine in engines)
     levels_figure(result, tmp_path / "f.png")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="cannot write"):
@@ -98,6 +98,24 @@ def test_bench_of_levels(tmp_path, monkeypatch):
     monkeypatch.setattr("lth_tf.bench.levels.DENSITIES", (1.0,))
     conv = dataclasses.replace(small, model="conv2")
     assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow", "compact"]
+
+
+def test_bench_of_levels_of_tickets(tmp_path):
+    small = Spec(
+        dataset="digits", model="lenet_20_10", validation_size=100, eval_every=3, compile="off",
+        train_steps=6, levels=2, prune_fraction=0.5, precision="float64",
+    )  # fmt: skip
+    digits = datasets.load("digits")
+    with pytest.raises(UserError, match="has no tickets"):
+        levels(small, digits, 2, 1, tmp_path)
+    experiments.imp(small, tmp_path, digits)
+    result = levels(small, digits, 2, 1, tmp_path)
+    for found in result["engines"].values():
+        assert len(found) == 3 and list(found)[0] == "1.0"
+    with pytest.raises(UserError, match="the mask of .* has shape"):
+        levels(dataclasses.replace(small, model="lenet_20_11"), digits, 2, 1, tmp_path)
+    with pytest.raises(UserError, match="--tickets: it is lth-bench levels"):
+        measure(MEASUREMENTS["train"], small, None, 2, 1, tmp_path)
 
 
 @pytest.mark.parametrize("compiled", ["on", "off"])

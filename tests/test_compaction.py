@@ -81,6 +81,8 @@ def start(model, seed=0, density=0.15):
         if name.endswith(("bias", "beta")) and "output" not in name:
             weights[name] = np.where(rng.random(value.shape) < 0.4, -rng.random(value.shape), value)
             weights[name] += np.where(rng.random(value.shape) < 0.1, 0.1, 0)
+        if name == "b_norm/beta":  # of a constant: 0 but for how its mean is rounded, then the ReLU
+            weights[name] += 0.01
     return masks.apply(mask, weights), mask
 
 

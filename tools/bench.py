@@ -19,6 +19,7 @@ lth_tf.flags.define_spec("imp", "one_shot")  # after --rounds, which is not the 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 BLOCK = flags.DEFINE_integer("block", 500, "Steps per contender and round.", lower_bound=1)
 FIGURE = flags.DEFINE_string("figure", None, "A PNG to draw it into, for lth-bench levels.")
+TICKETS = flags.DEFINE_string("tickets", None, "Workdir with tickets to train, for levels.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -31,7 +32,8 @@ def main(command: str) -> None:
     spec = lth_tf.flags.spec_from_flags(which.recipe)
     if slow := slow_bfloat16(spec.precision):
         print(slow, file=sys.stderr)
-    result = measure(which, spec, DATA_DIR.value, BLOCK.value, ROUNDS.value)
+    tickets = edge.folder(TICKETS.value) if TICKETS.value else None
+    result = measure(which, spec, DATA_DIR.value, BLOCK.value, ROUNDS.value, tickets)
     if picture and which.figure:
         which.figure(result, picture)
     shown = json.dumps(result) if JSON.value else which.table(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 from rich.table import Table
 
-from lth_tf import masks, storage
+from lth_tf import masks, pruning, storage
 from lth_tf.bench.rounds import Contender, alone, alternate, initial, ratio
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
 from lth_tf.execution import Execution
+from lth_tf.masks import Mask
 from lth_tf.scopes import SCOPES
 from lth_tf.spec import Spec
-from lth_tf.training import Trainer
+from lth_tf.tickets import load_ticket
+from lth_tf.training import Trainer, Weights
 
 CONTENDERS = {
     "tensorflow": Execution(compact="off"),
@@ -26,57 +29,77 @@ CONTENDERS = {
 DENSITIES = 1.0, 0.5, 0.2, 0.1, 0.05, 0.036, 0.01
 
 
-def levels(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> dict[str, Any]:
+def levels(
+    spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int, tickets: Path | None = None
+) -> dict[str, Any]:
     """Compares trainings at falling densities, evaluations included, with the dense one.
 
-    Masks are those of magnitude pruning at initialisation, of each kernel by itself.
+    Masks are those of magnitude pruning at initialisation, of each kernel by itself, or those of
+    tickets.
 
     Args:
       spec: model, optimizer, batch size, precision, eval_every.
       dataset: inputs and labels.
       steps: of each training.
       rounds: how often each is done.
+      tickets: a workdir whose tickets to train, those of its first replicate.
 
     Returns:
       For each engine that can train the network: seconds and ratio by density, medians; a ratio
       is that over the dense training in TensorFlow of the same round. To build graphs is no part
       of it: what compact training needs for each level is in its table of costs.
+
+    Raises:
+      UserError: there are no tickets, or not of that network.
     """
     spec = alone(spec)
-    trainers: dict[str, list[Trainer]] = {}
+    whole = Trainer(spec, dataset, execution=CONTENDERS["tensorflow"])
+    given = _of_magnitude(whole) if tickets is None else _of_tickets(whole, tickets)
+    trainers: dict[str, list[Trainer]] = {"tensorflow": [whole] * len(given)}
     for engine, execution in CONTENDERS.items():
         # A smaller network is built for each mask: one trainer would build it again and again.
-        many = len(DENSITIES) if engine == "compact" else 1
-        try:
-            made = [Trainer(spec, dataset, execution=execution) for _ in range(many)]
-        except UserError:
-            if engine == "tensorflow":  # the network itself cannot be trained so
-                raise
-            continue
-        trainers[engine] = made * (len(DENSITIES) // many)
-    weights, scores = initial(trainers["tensorflow"][0])
-    dense = masks.ones({name: s.shape for name, s in scores.items()})
-
-    def training(trainer: Trainer, density: float) -> Contender:
-        mask = SCOPES["layerwise"](scores, density) if density < 1 else dense
-        return functools.partial(trainer.train, masks.apply(mask, weights), mask, 0, steps)
-
-    contenders = {
-        (engine, density): training(trainers[engine][i], density)
-        for i, density in enumerate(DENSITIES)
+        many = len(given) if engine == "compact" else 1
+        if engine not in trainers:
+            with contextlib.suppress(UserError):  # it cannot train this
+                made = [Trainer(spec, dataset, execution=execution) for _ in range(many)]
+                trainers[engine] = made * (len(given) // many)
+    contenders: dict[tuple[str, int], Contender] = {
+        (engine, i): functools.partial(trainers[engine][i].train, *each, 0, steps)
+        for i, each in enumerate(given)
         for engine in trainers
     }
     seconds = alternate(contenders, rounds)
-    result: dict[str, Any] = {"model": spec.model, "dataset": spec.dataset, "engines": {}}
-    for engine in trainers:
-        result["engines"][engine] = {
-            str(density): {
-                "seconds": statistics.median(seconds[engine, density]),
-                "ratio": ratio(seconds[engine, density], seconds["tensorflow", 1.0]),
-            }
-            for density in DENSITIES
+    found: dict[str, Any] = {engine: {} for engine in trainers}
+    for (engine, i), measured in seconds.items():
+        found[engine][str(round(masks.density(given[i][1]), 4))] = {
+            "seconds": statistics.median(measured),
+            "ratio": ratio(measured, seconds["tensorflow", 0]),
         }
-    return result
+    return {"model": spec.model, "dataset": spec.dataset, "engines": found}
+
+
+def _of_magnitude(trainer: Trainer) -> list[tuple[Weights, Mask]]:
+    """Weights and mask at each of DENSITIES, at initialisation."""
+    weights, scores = initial(trainer)
+    found = [masks.ones({name: s.shape for name, s in scores.items()})]
+    found += [SCOPES["layerwise"](scores, density) for density in DENSITIES[1:]]
+    return [(masks.apply(mask, weights), mask) for mask in found]
+
+
+def _of_tickets(trainer: Trainer, workdir: Path) -> list[tuple[Weights, Mask]]:
+    """Weights and mask of the dense network, and then of each ticket of a workdir."""
+    paths = sorted(workdir.glob("replicate_*/*/ticket.safetensors"))
+    first = [path for path in paths if path.parts[-3] == paths[0].parts[-3]]
+    tickets = [load_ticket(path) for path in first if path.parent.name.startswith("level_")]
+    below = sorted((t for t in tickets if t.level), key=lambda t: -masks.density(t.mask))
+    if not below:
+        raise UserError(f"{str(workdir)!r} has no tickets (replicate_*/level_*/ticket.safetensors)")
+    shapes = {name: tuple(v.shape) for name, v in pruning.kernels(trainer.model).items()}
+    for ticket in below:
+        pruning.fit(ticket.mask, shapes, "mask")
+    dense = masks.ones(shapes)
+    weights = initial(trainer)[0]
+    return [(weights, dense), *((t.weights, t.mask) for t in below)]
 
 
 def levels_table(result: dict[str, Any]) -> Table:
@@ -85,9 +108,9 @@ def levels_table(result: dict[str, Any]) -> Table:
     table.add_column("density", justify="right")
     for engine in result["engines"]:
         table.add_column(engine, justify="right")
-    for density in DENSITIES:
-        found = (each[str(density)] for each in result["engines"].values())
-        table.add_row(f"{density:.1%}", *(f"{one['ratio']:.2f}" for one in found))
+    for density in result["engines"]["tensorflow"]:
+        found = (each[density] for each in result["engines"].values())
+        table.add_row(f"{float(density):.1%}", *(f"{one['ratio']:.2f}" for one in found))
     return table
 
 
@@ -107,9 +130,10 @@ def levels_figure(result: dict[str, Any], path: Path) -> None:
     drawing = matplotlib.figure.Figure(figsize=(6.4, 4.4), layout="constrained")
     ax = drawing.subplots()
     for marker, (engine, found) in zip("os^v", result["engines"].items(), strict=False):
-        ratios = [found[str(density)]["ratio"] for density in DENSITIES]
-        ax.plot([100 * d for d in DENSITIES], ratios, marker=marker, label=engine)
-    ends = [DENSITIES[0], DENSITIES[-1]]
+        densities = [float(density) for density in found]
+        ratios = [one["ratio"] for one in found.values()]
+        ax.plot([100 * d for d in densities], ratios, marker=marker, label=engine)
+    ends = [densities[0], densities[-1]]
     ax.plot([100 * d for d in ends], ends, "k:", label="proportional to density")
     ax.set(xscale="log", yscale="log", xlabel="weights kept (%)")
     ax.set_ylabel("time of a training over the dense one in TensorFlow")

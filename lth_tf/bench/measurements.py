@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lth_tf import datasets
 from lth_tf.bench import checkpoints, levels, loops, parts, replicas, scores, start, stream
+from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
 
@@ -21,7 +22,7 @@ class Measurement:
 
     Attributes:
       run: returns what can be written as JSON; it is given what its parameters name: spec,
-        dataset, data_dir, steps (of a contender in a round), rounds.
+        dataset, data_dir, steps (of a contender in a round), rounds, tickets.
       table: makes a table of that.
       recipe: of the spec.
       before: called with the spec, before anything is computed.
@@ -48,8 +49,9 @@ MEASUREMENTS = {
 
 
 def measure(
-    which: Measurement, spec: Spec, data_dir: str | None, steps: int, rounds: int
-) -> dict[str, Any]:
+    which: Measurement, spec: Spec, data_dir: str | None, steps: int, rounds: int,
+    tickets: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns what a measurement finds.
 
     Args:
@@ -58,14 +60,18 @@ def measure(
       data_dir: folder of the data sets.
       steps: how many each contender does per round.
       rounds: how often each runs.
+      tickets: a workdir whose tickets are measured.
 
     Raises:
       UserError: no such data set, or the measurement has nothing to measure with this spec.
     """
+    if tickets is not None and "tickets" not in inspect.signature(which.run).parameters:
+        raise UserError("--tickets: it is lth-bench levels that tickets are for")
     which.before(spec)
     # All need it: `start` finds it decoded, or fails here with one sentence.
     dataset = datasets.load(spec.dataset, data_dir)
     given = {
-        "spec": spec, "dataset": dataset, "data_dir": data_dir, "steps": steps, "rounds": rounds
+        "spec": spec, "dataset": dataset, "data_dir": data_dir, "steps": steps, "rounds": rounds,
+        "tickets": tickets,
     }  # fmt: skip
     return which.run(**{name: given[name] for name in inspect.signature(which.run).parameters})
