@@ -21,6 +21,7 @@ from absl import app, flags, logging
 
 from lth_tf import edge
 from lth_tf.datasets import DATASETS
+from lth_tf.dynamic import FRACTIONS, METHODS
 from lth_tf.errors import UserError
 from lth_tf.execution import COMPACT, ENGINES
 from lth_tf.experiments.branches import BRANCHES
@@ -36,9 +37,11 @@ from lth_tf.training import OPTIMIZERS
 REGISTRIES: dict[str, Registry] = {
     "branches": BRANCHES,
     "datasets": DATASETS,
+    "fractions": FRACTIONS,
     "inits": INITS,
     "losses": LOSSES,
     "lr_schedules": LR_SCHEDULES,
+    "methods": METHODS,
     "models": MODELS,
     "optimizers": OPTIMIZERS,
     "recipes": RECIPES,

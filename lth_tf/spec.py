@@ -221,6 +221,54 @@ class Spec:
         low=1
     )
 
+    method: str = _field(
+        "rigl", "How the mask moves while the network is trained.", registry="methods", later=True
+    )
+    update_every: int = _field(100, "Steps between updates of the mask.", low=1, later=True)
+    update_until: float = _field(
+        0.78125,
+        "Step from which on the mask stays (with a falling density: of its last update), or a "
+        "fraction of train_steps below 1; the default is the paper's 25,000 of 32,000.",
+        low=0.0, open=True, later=True,
+    )
+    update_from: int = _field(
+        0, "Step of the first update where the density falls (default: update_every).", low=0,
+        later=True,
+    )
+    initial_density: float | None = _field(
+        None, "Density to begin with where it falls (default: 1 for gmp, 0.5 for granet).",
+        low=0.0, open=True, later=True,
+    )
+    drop_fraction: float = _field(
+        0.3, "Fraction of a kernel's weights that the first update replaces.", low=0.0, high=1.0,
+        open=True, later=True,
+    )
+    fraction_schedule: str = _field(
+        "cosine", "How that fraction falls until update_until.", registry="fractions", later=True
+    )
+    grow_init: str = _field(
+        "zeros", "What new weights start at: 0, or a draw of the initialisation.",
+        choices=("zeros", "random"), later=True,
+    )
+    regrown: str = _field(
+        "keep",
+        "Whether a weight that an update drops and grows again keeps its value and slots, as in "
+        "the published code, or starts as a new one.",
+        choices=("keep", "new"), later=True,
+    )
+    grow_batch: str = _field(
+        "train",
+        "Whose gradient new weights are ranked by: of the training batch at the update's step, or "
+        "of a batch of the validation part.",
+        choices=("train", "held_out"), later=True,
+    )
+    update_trains: bool = _field(
+        False,
+        "Whether the step of an update by gradient also trains the weights, before it. By the "
+        "paper it does not.",
+        later=True,
+    )
+
     optimizer: str = _field("adam", "Optimizer.", registry="optimizers")
     learning_rate: float = _field(1.2e-3, "Peak learning rate.", low=0.0, open=True)
     lr_schedule: str = _field("constant", "Shape of the learning rate.", registry="lr_schedules")
@@ -387,6 +435,11 @@ class Spec:
             raise UserError("devices has no meaning for --distribute=none; use mirrored")
         if self.workers and self.distribute != "multi_worker":
             raise UserError("workers needs --distribute=multi_worker")
+
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """Returns a field's default."""
+        return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
     def require_effect(self) -> None:
         """Raises UserError for steps that a training never comes to, or not as they were meant.

@@ -13,6 +13,8 @@ from typing import Any
 
 from lth_tf import edge, storage
 from lth_tf.errors import UserError
+from lth_tf.recipes import RECIPES
+from lth_tf.spec import Spec
 from lth_tf.tasks import METRIC, metric_of
 from lth_tf.tickets import require_metrics, told, whose
 from lth_tf.training import states
@@ -38,22 +40,28 @@ def require_rows(rows: Any, *names: str) -> None:
             raise UserError(f"a row has no {' and no '.join(missing)}, only {listed}")
 
 
-def early_stop(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def early_stop(rows: Sequence[Mapping[str, Any]], settled: int = 0) -> Mapping[str, Any]:
     """Returns the evaluation with the lowest validation loss, the first of equals.
 
     It is found after training, from all evaluations; nothing is stopped (Frankle and
     Carbin 2019, section 2: the iteration of minimum validation loss).
 
+    Args:
+      rows: the evaluations.
+      settled: the step from which on they count, for a network that was denser before.
+
     >>> early_stop([{"step": 0, "validation_loss": 2.0}, {"step": 9, "validation_loss": 1.0}])
     {'step': 9, 'validation_loss': 1.0}
     """
     require_rows(rows, "validation_loss")
-    return min(rows, key=lambda row: row["validation_loss"])
+    count = [row for row in rows if row["step"] >= settled] or rows[-1:]
+    return min(count, key=lambda row: row["validation_loss"])
 
 
 def summary_row(
-    arm: str, replicate: int, level: int, density: float, rows: Sequence[Mapping[str, Any]]
-) -> Row:
+    arm: str, replicate: int, level: int, density: float, rows: Sequence[Mapping[str, Any]],
+    settled: int = 0,
+) -> Row:  # fmt: skip
     """Returns the summary of one training; see `columns`. Density is a fraction.
 
     Args:
@@ -61,8 +69,9 @@ def summary_row(
       replicate, level: which training.
       density: of its mask, 0 to 1.
       rows: its evaluations, in their order; see `Trained`.
+      settled: see `early_stop`.
     """
-    best, last, metric = early_stop(rows), rows[-1], metric_of(rows[-1])
+    best, last, metric = early_stop(rows, settled), rows[-1], metric_of(rows[-1])
     return {
         "arm": arm,
         "replicate": replicate,
@@ -232,7 +241,10 @@ def contradicting(workdir: Path, rows: Sequence[Row]) -> str:
         own = _row(folder)
         if own is None:  # its weights may have been deleted since
             key = row["arm"], row["replicate"], row["level"]
-            own = summary_row(*key, row["density"], read_metrics(folder / "metrics.csv")[0])
+            there = folder / "ticket.safetensors"
+            settled = _settled(storage.read_about(there)) if there.exists() else 0
+            evaluations, _ = read_metrics(folder / "metrics.csv")
+            own = summary_row(*key, row["density"], evaluations, settled)
         if own != row:
             names = [name for name in own if own[name] != row.get(name)]
             found.append(f"{what}: another {names[0] if names else 'column'}")
@@ -251,8 +263,15 @@ def _row(folder: Path) -> Row | None:
         with storage.reading(path, "is damaged", "delete it and run the same command again"):
             storage.require_meant(path, told(said["level"], said["origin"]), which)
     require_metrics(trained, about[trained], digest)
-    density = about[ticket].get("density", -1)
+    density = about[trained].get("density", about[ticket].get("density", -1))  # it may have moved
     with storage.reading(ticket, "is no whole ticket", "delete it and run the same command again"):
         fits = type(density) in (int, float) and 0 <= density <= 1
         storage.require(fits, "a density that is no fraction")
-    return summary_row(which["arm"], which["replicate"], which["level"], density, rows)
+    settled = _settled(about[ticket])
+    return summary_row(which["arm"], which["replicate"], which["level"], density, rows, settled)
+
+
+def _settled(about: Mapping[str, Any]) -> int:
+    """The step from which on evaluations count, of what a ticket's file tells."""
+    spec = Spec.from_dict(about["spec"])
+    return RECIPES[spec.recipe].settled(spec) if about["level"] else 0

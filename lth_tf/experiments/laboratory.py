@@ -19,11 +19,12 @@ from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.execution import Decision, Execution
-from lth_tf.experiments import picking, trunk
+from lth_tf.experiments import growing, picking, trunk
 from lth_tf.experiments.branches import branch
 from lth_tf.experiments.plans import plan
 from lth_tf.experiments.workdirs import read_training
 from lth_tf.masks import Mask
+from lth_tf.recipes import RECIPES
 from lth_tf.scopes import SCOPES
 from lth_tf.scorers import SCORERS, TiedScores, ties
 from lth_tf.spec import Spec, require_spec
@@ -199,8 +200,24 @@ class Laboratory:
                 raise type(error)(f"{what}: {error}{more}") from error
             weights, rows = trained.weights, trained.rows
             self.write(lambda: self._save(folder, ticket, trained))
-        self.note(what, analysis.summary_row(arm, replicate, ticket.level, ticket.density, rows))
+        density = self._density(folder, ticket)
+        settled = RECIPES[self.spec.recipe].settled(self.spec) if ticket.level else 0
+        found = analysis.summary_row(arm, replicate, ticket.level, density, rows, settled)
+        self.note(what, found)
         return dict(weights)
+
+    def _density(self, folder: Path, ticket: Ticket) -> float:
+        """The density that a finished training ended with."""
+        if not self._moves(ticket):
+            return ticket.density
+        _, density = self.workers.share(
+            lambda: ({}, storage.read_about(folder / TRAINED).get("density", ticket.density))
+        )
+        return float(density)
+
+    def _moves(self, ticket: Ticket) -> bool:
+        """Whether a ticket's mask moves in its training."""
+        return ticket.level > 0 and RECIPES[self.spec.recipe].moves(self.spec)
 
     def later(self, folder: Path, ticket: Ticket) -> None:
         """Trains a ticket for whose weights nothing waits, at once or in another process.
@@ -273,6 +290,7 @@ class Laboratory:
                 return {}, None
             return checkpoints.taken_apart(found)
 
+        mover = growing.mover(ticket, self.blueprint) if self._moves(ticket) else None
         variables, about = self.workers.share(last)
         state = checkpoints.put_together(dict(variables), about) if about else None
         callbacks: list[Any] = []
@@ -318,6 +336,7 @@ class Laboratory:
                 capture=capture,
                 captured=captured,
                 callbacks=callbacks,
+                mover=mover,
                 state=state,
                 keep=keep,
                 asked=self.asked,
@@ -332,7 +351,8 @@ class Laboratory:
         digest = summary.write_metrics(folder / "metrics.csv", metric, trained.rows)
         other = trained.decision != Decision()
         decision = trained.decision.told() if other else None
-        save_trained(folder / TRAINED, trained.weights, ticket, digest, decision)
+        moved = trained.mask if self._moves(ticket) else None
+        save_trained(folder / TRAINED, trained.weights, ticket, digest, decision, moved)
         checkpoints.clear(folder)
 
     def dense(self, replicate: int) -> Ticket:
@@ -387,6 +407,10 @@ class Laboratory:
         if self.progress or "warning" in found:
             self.say(found)
         return ticket
+
+    def sow(self, dense: Ticket, level: int) -> Ticket:
+        """Returns the ticket that a training under a moving mask begins with."""
+        return growing.sown(dense, self.plan.densities[level], level)
 
     @contextlib.contextmanager
     def _told(self, where: str) -> Iterator[None]:

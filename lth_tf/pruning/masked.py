@@ -8,6 +8,7 @@ stays exactly zero.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -141,6 +142,9 @@ class MaskedLayer(PruneLowMagnitude):
         try:
             for owner, attribute, kernel, mask in self._hosts:
                 value = select(mask, kernel)
+                if _DENSE.get():
+                    whole = kernel.read_value()
+                    value = whole + tf.stop_gradient(value - whole)
                 if inside.casts_itself(kernel):
                     value = tf.cast(value, owner.compute_dtype)
                 inside.set_untracked(owner, attribute, value)
@@ -225,6 +229,23 @@ class MaskedLayer(PruneLowMagnitude):
         masked = cls(layer, **rest)
         inside.set_untracked(masked, "_chosen", config.get("chosen"))
         return masked
+
+
+_DENSE: contextvars.ContextVar[bool] = contextvars.ContextVar("dense", default=False)
+
+
+@contextlib.contextmanager
+def dense_gradients() -> Iterator[None]:
+    """Within, gradients of kernels are those of the plain model: of pruned weights, too.
+
+    Outputs are the same, for pruned weights are zero: kernel + (mask x kernel - kernel), of which
+    the second part counts as a constant. The loop in which a mask is to grow asks for it.
+    """
+    token = _DENSE.set(True)
+    try:
+        yield
+    finally:
+        _DENSE.reset(token)
 
 
 def select(mask: Any, kernel: Any) -> Any:

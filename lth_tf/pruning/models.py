@@ -178,6 +178,11 @@ def slots_of(optimizer: Any, model: Any) -> dict[str, list[Any]]:
 # --- Masks -----------------------------------------------------------------------------
 
 
+def mask_variables(model: Any) -> list[tuple[Any, Any]]:
+    """Returns (kernel, mask) for each kernel of a pruned model, both as variables."""
+    return [(w.variable, w.masks[0]) for w in _masked(model)]
+
+
 def get_mask(model: Any) -> Mask:
     """Returns the mask of a pruned model: kernel name -> uint8 array, 1 = kept.
 

@@ -48,6 +48,9 @@ class Recipe:
         number of prunings, and in how many rounds the scorer scores.
       picks: whether masks come from scores of the weights at initialisation, so that a ticket
         costs something before it is trained, and can be picked by other scores.
+      moves: (spec) -> whether masks move while tickets are trained.
+      settled: (spec) -> the step from which on a ticket has the density that it ends with: only
+        evaluations from there on can be reported.
       defaults: field -> what its flag has as default, where that is not Spec's.
     """
 
@@ -63,6 +66,8 @@ class Recipe:
     has_dense: Callable[[Any], bool] = lambda spec: True
     says: Callable[[Any, int, int], str | None] = lambda spec, levels, rounds: None
     picks: bool = False
+    moves: Callable[[Any], bool] = lambda spec: False
+    settled: Callable[[Any], int] = lambda spec: 0
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -1,6 +1,13 @@
 """Tickets: a mask and the weights to start from, in one file that says where it came from."""
 
-from lth_tf.tickets.files import load_ticket, load_trained, require_metrics, save_trained, whose
+from lth_tf.tickets.files import (
+    load_ticket,
+    load_trained,
+    require_metrics,
+    save_trained,
+    solution,
+    whose,
+)
 from lth_tf.tickets.ticket import LIBRARIES, Ticket, told, versions
 
 __all__ = [
@@ -10,6 +17,7 @@ __all__ = [
     "load_trained",
     "require_metrics",
     "save_trained",
+    "solution",
     "told",
     "versions",
     "whose",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 
 from lth_tf import edge, masks, storage
 from lth_tf.errors import UserError
+from lth_tf.masks import Mask
 from lth_tf.spec import Spec
 from lth_tf.tickets.ticket import Ticket, told
 
@@ -97,7 +99,7 @@ def _whole(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> Tic
 
 def save_trained(
     path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket, metrics: str | None = None,
-    decision: Mapping[str, Any] | None = None,
+    decision: Mapping[str, Any] | None = None, mask: Mask | None = None,
 ) -> None:  # fmt: skip
     """Writes the weights that a ticket's training ended with.
 
@@ -107,13 +109,15 @@ def save_trained(
       ticket: whose they are.
       metrics: the digest of the training's metrics.csv, see `analysis.summary`.
       decision: how they were computed, where it was not by the graph of all weights.
+      mask: kernel name -> 0/1 array, where it ended with another than the ticket's.
 
     Raises:
       UserError: the file cannot be written.
     """
+    packed = {f"{_MOVED}{name}": masks.pack(m) for name, m in (mask or {}).items()}
     storage.write_tensors(
         path,
-        weights,
+        {**weights, **packed},
         {
             "format": "trained",
             "weights": list(weights),
@@ -122,6 +126,7 @@ def save_trained(
             "ticket": ticket.digest,
             **({} if metrics is None else {"metrics": metrics}),
             **({"decision": dict(decision)} if decision else {}),
+            **({"density": masks.density(mask)} if mask else {}),
         },
     )
 
@@ -147,7 +152,8 @@ def load_trained(
         raise UserError(f"{os.fspath(path)!r} does not hold trained weights")
     with storage.reading(path, "holds no whole weights", _ANEW):
         names, origin = metadata["weights"], metadata["origin"]
-        storage.require(sorted(names) == sorted(arrays), "its arrays are others than it lists")
+        stored = [name for name in arrays if not name.startswith(_MOVED)]
+        storage.require(sorted(names) == sorted(stored), "its arrays are others than it lists")
         found = told(metadata["level"], origin)
     storage.require_meant(path, found, whose(path.parent))
     if ticket is not None:
@@ -159,16 +165,45 @@ def load_trained(
                 "command again"
             )
         with storage.reading(path, "does not fit its ticket", _ANEW):
-            storage.require(arrays.keys() == ticket.weights.keys(), "other weights")
+            storage.require(set(names) == ticket.weights.keys(), "other weights")
             for name, w in ticket.weights.items():
                 alike = (arrays[name].shape, arrays[name].dtype) == (w.shape, w.dtype)
                 storage.require(alike, f"another shape or type of {name!r}")
-            for name, m in ticket.mask.items():
+            for name, m in _moved(arrays, ticket).items():
                 storage.require(
                     not np.any(arrays[name][m == 0] != 0), f"{name!r} exceeds the mask"
                 )
     require_metrics(path, metadata, metrics)
     return {name: arrays[name] for name in names}
+
+
+_MOVED = "mask:"  # before the name of a kernel, in a file of trained weights
+
+
+def _moved(arrays: Mapping[str, np.ndarray], ticket: Ticket) -> Mask:
+    """The mask that a training ended with; raises ValueError where it is none of the ticket's."""
+    if not any(name.startswith(_MOVED) for name in arrays):
+        return dict(ticket.mask)
+    stored = {f"{_MOVED}{name}" for name in ticket.mask}
+    storage.require(stored <= arrays.keys(), "a mask of other kernels")
+    return {n: masks.unpack(arrays[f"{_MOVED}{n}"], m.shape) for n, m in ticket.mask.items()}
+
+
+def solution(path: str | os.PathLike, ticket: Ticket) -> Ticket:
+    """Returns the network that a ticket's training ended with, as a ticket of its own.
+
+    Its mask is the one that was in force at the end, its weights those of the file.
+
+    Args:
+      path: of the trained weights.
+      ticket: whose they are.
+
+    Raises:
+      UserError: as `load_trained`.
+    """
+    weights = load_trained(path, ticket)
+    arrays, _ = storage.read_tensors(edge.path(path, "trained weights"))
+    return dataclasses.replace(ticket, mask=_moved(arrays, ticket), weights=weights)
 
 
 def require_metrics(path: Path, metadata: Mapping[str, Any], metrics: str | None) -> None:

@@ -121,9 +121,11 @@ def _require_fits(state: State, ticket: Ticket, stop: int | None) -> None:
 
 def taken_apart(state: State) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns a state's arrays, and what else it is, JSON-ready."""
-    about = dataclasses.asdict(dataclasses.replace(state, variables={}, mask=None))
+    about = dataclasses.asdict(dataclasses.replace(state, variables={}, mask=None, moves={}))
+    del about["moves"]
     packed = {f"mask/{name}": masks.pack(m) for name, m in (state.mask or {}).items()}
     shapes = {name: list(m.shape) for name, m in (state.mask or {}).items()}
+    packed |= {f"moves/{name}": a for name, a in state.moves.items()}
     return {**state.variables, **packed}, {**about, "rows": list(state.rows), "mask": shapes}
 
 
@@ -133,9 +135,10 @@ def put_together(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> State:
         name: masks.unpack(arrays[f"mask/{name}"], tuple(shape))
         for name, shape in (about.get("mask") or {}).items()
     }
-    variables = {name: a for name, a in arrays.items() if not name.startswith("mask/")}
-    rows = tuple(about["rows"])
-    return State(**{**about, "rows": rows, "variables": variables, "mask": mask or None})
+    variables = {n: a for n, a in arrays.items() if not n.startswith(("mask/", "moves/"))}
+    moves = {n.removeprefix("moves/"): a for n, a in arrays.items() if n.startswith("moves/")}
+    rows, of = tuple(about["rows"]), {"variables": variables, "mask": mask or None, "moves": moves}
+    return State(**{**about, "rows": rows, **of})
 
 
 def clear(folder: Path) -> None:

@@ -193,6 +193,27 @@ class Resident:
             )
         return (*self._parts["train"], tf.constant(indices))
 
+    def held_out(self, step: int, end: int, seed: int) -> tuple:
+        """Returns what `begin` does, for one batch of the validation part.
+
+        Args:
+          step, seed: decide which examples.
+          end: not looked at.
+
+        Raises:
+          UserError: it has fewer than a batch.
+        """
+        most = self.sizes["validation"]
+        if most < self.spec.batch_size:
+            raise UserError(
+                f"grow_batch held_out needs {self.spec.batch_size} validation examples, and there "
+                f"are {most}; give more (validation_size), or --grow_batch=train"
+            )
+        rng = np.random.default_rng([seed % 2**64, step, 0x6807])
+        indices = np.zeros((self.most, self.spec.batch_size), np.int32)
+        indices[0] = rng.choice(most, self.spec.batch_size, replace=False)
+        return (*self._parts["validation"], tf.constant(indices))
+
     def take(self, source: tuple, i: Any) -> tuple:
         """Returns the data of the i-th step, out of what `begin` returned."""
         inputs, labels, indices = source
@@ -267,6 +288,13 @@ class Streaming:
         self._resized = spec.augmentation == "resized_crop"
         self._iterator: Any = None
         self._at: tuple[int, int] | None = None  # the seed and step that the iterator is at
+
+    def held_out(self, step: int, end: int, seed: int) -> tuple:
+        """Raises UserError: no single batch is read of a data set on disk."""
+        raise UserError(
+            f"grow_batch held_out needs a data set in memory, and {self.dataset.name!r} is read "
+            "from disk; use --grow_batch=train"
+        )
 
     def begin(self, step: int, end: int, seed: int) -> tuple:
         """Returns an iterator whose next batches are those of step .. end - 1.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from lth_tf import distribute, pruning
 from lth_tf.compat import tf
+from lth_tf.dynamic import METHODS
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.pruning.inside import layers_autographed
+from lth_tf.pruning.inside import layers_autographed, stored_dtype
 from lth_tf.spec import Spec
 from lth_tf.tasks import Task
 from lth_tf.training.optimizers import OPTIMIZERS
@@ -78,12 +82,27 @@ class Graph:
             # A graph for each number of entries that replicas add up would be one for each level.
             reduce_retracing=self.strategy.num_replicas_in_sync > 1,
         )
+        self.average = self._averages()
+        self._dense = tf.function(self._dense_steps, jit_compile=loops, autograph=False)
         self.sums = tf.function(self._sums, jit_compile=loops, autograph=False)
         alone = compiled and not loops
         self._run, self._run_evaluation = (
             tf.function(step, jit_compile=True, autograph=False) if alone else step
             for step in (self._step, self._evaluation_step)
         )
+
+    def _averages(self) -> list[Any] | None:
+        """Of each kernel the moving average of its gradient, where the spec's method wants that."""
+        if not by_momentum(self.spec):
+            return None
+        with self.strategy.scope():
+            return [
+                tf.Variable(
+                    tf.zeros(v.shape, stored_dtype(v)), trainable=False,
+                    aggregation=tf.VariableAggregation.MEAN,
+                )
+                for v in pruning.kernels(self.model).values()
+            ]
 
     # --- On the host ---
 
@@ -162,7 +181,41 @@ class Graph:
     def sync(self) -> None:
         """Puts what training changed into the variables of model and optimizer: it is there."""
 
+    def dense_gradients(
+        self, step: int, seed: int, held_out: bool
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Returns the loss of a step's batch, and kernel name -> gradient, pruned weights included.
+
+        Moving statistics change as in a step.
+
+        Args:
+          step: which.
+          seed: of the order of examples.
+          held_out: whether it is a batch of the validation part instead.
+        """
+        with self.feed.reading(), distribute.lost():
+            begin = self.feed.held_out if held_out else self.feed.begin
+            source = begin(step, step + 1, seed)
+            _, *numbers, _ = _numbers(step, step + 1, seed, 0.0)
+            loss, *gradients = self._dense(source, *numbers)
+        names = pruning.kernels(self.model)
+        return float(loss), {n: g.numpy() for n, g in zip(names, gradients, strict=True)}
+
     # --- In the graph ---
+
+    def _dense_steps(self, source: Any, seed: Any, step: Any) -> list[Any]:
+        """The loss of a source's first step, and the gradient of each kernel, over all replicas."""
+        taken = self.feed.take(source, tf.constant(0))
+        found = self.strategy.run(self._dense_step, (taken, seed, step))
+        return [self.strategy.reduce(tf.distribute.ReduceOp.SUM, each, None) for each in found]
+
+    def _dense_step(self, taken: Any, seed: Any, step: Any) -> list[Any]:
+        x, y = self.feed.batch(taken, seed, step)
+        kernels = list(pruning.kernels(self.model).values())
+        with tf.GradientTape() as tape, pruning.dense_gradients():
+            losses = self.task.losses(y, self._outputs(x, training=True))
+            loss = tf.reduce_sum(losses) / self.spec.batch_size
+        return [tf.cast(loss, tf.float64), *tape.gradient(loss, kernels)]
 
     def _outputs(self, x: Any, training: bool) -> Any:
         """What the network puts out, wide enough for a loss."""
@@ -175,7 +228,8 @@ class Graph:
         x, y = self.feed.batch(taken, seed, step)
         variables = self.model.trainable_variables
         scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
-        with tf.GradientTape() as tape:
+        dense = pruning.dense_gradients if self.average else contextlib.nullcontext
+        with tf.GradientTape() as tape, dense():
             losses = self.task.losses(y, self._outputs(x, training=True))
             # The mean over the global batch: replicas add up their shares of it.
             loss = tf.reduce_sum(losses) / self.spec.batch_size
@@ -184,6 +238,8 @@ class Graph:
         *gradients, loss = self.reduction(packed, [*gradients, loss])
         if scaled:
             gradients = self.optimizer.get_unscaled_gradients(gradients)
+        if self.average:
+            gradients = self._averaged(gradients)
         if self.spec.weight_decay and not OPTIMIZERS.about(self.spec.optimizer).decoupled:
             decay = self.spec.weight_decay
             gradients = [
@@ -194,6 +250,19 @@ class Graph:
             zip(gradients, variables, strict=True), skip_gradients_aggregation=True
         )
         return loss
+
+    def _averaged(self, gradients: list[Any]) -> list[Any]:
+        """Takes dense gradients into the averages; returns those of kept weights."""
+        pairs = zip(pruning.mask_variables(self.model), self.average or [], strict=True)
+        of = {id(kernel): (mask, average) for (kernel, mask), average in pairs}
+        kept = []
+        for g, v in zip(gradients, self.model.trainable_variables, strict=True):
+            if id(v) in of:
+                mask, average = of[id(v)]
+                average.assign(0.9 * average + (1 - 0.9) * tf.cast(g, average.dtype))
+                g = tf.where(mask != 0, g, tf.zeros([], g.dtype))
+            kept.append(g)
+        return kept
 
     def _steps(
         self, source: Any, count: Any, seed: Any, step: Any, total: Any, packed: Any, first: Any = 0
@@ -282,6 +351,11 @@ class Graph:
             tf.reduce_sum(tf.cast(each, tf.float64) * inside)
             for each in (self.task.losses(y, outputs), self.task.hits(y, outputs))
         )
+
+
+def by_momentum(spec: Spec) -> bool:
+    """Says whether a method wants the gradient of pruned weights at every step."""
+    return spec.recipe == "sparse" and METHODS[spec.method].grow == "momentum"
 
 
 def _numbers(step: int, end: int, seed: int, total: float) -> tuple[Any, ...]:

@@ -43,6 +43,7 @@ class State:
         statistics of each replica.
       mask: kernel name -> 0/1 array, the one in force; None: the one it began with.
       decision: how it is computed, see `execution.Decision`; None: as its default says.
+      moves: name -> array: what a `moving.Mover` has to know besides.
     """
 
     step: int
@@ -53,6 +54,7 @@ class State:
     variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     mask: Mask | None = None
     decision: dict[str, Any] | None = None
+    moves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lth_tf.training import feeds, states
 from lth_tf.training.engines import Engines
 from lth_tf.training.feeds import CHUNK
 from lth_tf.training.graph import Setup
+from lth_tf.training.moving import Mover
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
 from lth_tf.training.reduction import Reduction
 from lth_tf.training.states import DivergedError, Interrupted, State, Trained
@@ -40,11 +41,17 @@ class _Course:
     stop: int
     seed: int
     hooks: Any
+    mover: Mover | None
     looked_at: bool  # whether callbacks look at variables, or change them
     boundaries: Callable[[int], Iterable[int | None]]  # step -> later ones that others need
     keep: Callable[[State], None] | None
     asked: Callable[[], bool]
     began: float
+
+    @property
+    def settled(self) -> int:
+        """The step from which on the density is what it will be."""
+        return self.mover.settled if self.mover else 0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -130,6 +137,7 @@ class Trainer:
         capture: int | None = None,
         captured: Callable[[Weights], None] | None = None,
         callbacks: Sequence[Any] = (),
+        mover: Mover | None = None,
         state: State | None = None,
         keep: Callable[[State], None] | None = None,
         asked: Callable[[], bool] = lambda: False,
@@ -154,6 +162,7 @@ class Trainer:
             `next_boundary(step)` is asked for a later step at which a block is to end. One whose
             `looks` is False neither looks at variables nor sets them, nor stops the training:
             where all are such, several evaluations are done before they are told of them.
+          mover: moves the mask at steps of its own.
           state: where to go on, out of the same training that was interrupted; what
             callbacks remember is not part of it.
           keep: given the state every `checkpoint_every` steps, and when asked to stop.
@@ -179,17 +188,23 @@ class Trainer:
         began = time.perf_counter()
         self.engines.look()
         decision = (
-            Decision.of(state.decision) if state else self.engines.choose(mask, stop - start)
+            Decision.of(state.decision)
+            if state
+            else self.engines.choose(mask, stop - start, moves=mover is not None)
         )
+        if mover:
+            mover.begin(self.setup, mask, self.engines.of(Decision()))
         course = _Course(
             State(start, start, 0.0, [], 0.0, decision=decision.told()), stop, seed,
-            hooks, any(getattr(each, "looks", True) for each in callbacks),
+            hooks, mover, any(getattr(each, "looks", True) for each in callbacks),
             lambda step: [capture, *(ask(step) for ask in asking)], keep, asked, began,
         )  # fmt: skip
         if state:
             course.state = dataclasses.replace(state, rows=list(state.rows))
             course.began -= state.seconds
             states.restore(state, self.model, self.optimizer, self.strategy)
+            if mover:
+                mover.restore(state.moves)
         self.engine = self.engines.of(decision)
         self._take_over()
         if not state:
@@ -227,11 +242,14 @@ class Trainer:
             state.step, course.stop, every=[self.spec.checkpoint_every],
             at=[state.step + min(self._pace, self.feed.most), *course.boundaries(state.step)],
         )  # fmt: skip
+        if course.mover and (update := course.mover.course.next(state.step)) is not None:
+            end = min(end, update)
         end -= end % every
         if state.step % every or end <= state.step:
             return False
         began, before = time.perf_counter(), course.seconds()
-        best = min([row["validation_loss"] for row in state.rows], default=math.inf)
+        counted = [row for row in state.rows if row["step"] >= course.settled]
+        best = min([row["validation_loss"] for row in counted], default=math.inf)
         found, bad = self.engine.course(state.step, end, course.seed, best)
         self._require_finite(state.step, -1 if bad == end - state.step else bad)
         self._keep_pace(time.perf_counter() - began)
@@ -260,10 +278,16 @@ class Trainer:
         )
         self._tell(course, "on_train_batch_begin", state.step)
         while True:
-            piece = schedules.next_boundary(
-                state.step, end, every=[self.spec.checkpoint_every], at=[state.step + self._pace]
-            )
-            state.total = self.advance(state.step, piece, course.seed, state.total)
+            if course.mover and course.mover.course.due(state.step):
+                piece = state.step + 1
+                self._move(course, course.mover)
+            else:
+                update = course.mover.course.next(state.step) if course.mover else None
+                at = [state.step + self._pace, update]
+                piece = schedules.next_boundary(
+                    state.step, end, every=[self.spec.checkpoint_every], at=at
+                )
+                state.total = self.advance(state.step, piece, course.seed, state.total)
             state.step, stops = piece, self._stops(course.asked)
             if state.step == end:
                 break
@@ -279,6 +303,20 @@ class Trainer:
         if not self.model.stop_training:
             self._pause(course, stops)
 
+    def _move(self, course: _Course, mover: Mover) -> None:
+        """Does a step at which the mask moves; where that takes a gradient, nothing else."""
+        step, state = course.state.step, course.state
+        if not mover.skips(step):
+            state.total = self.advance(step, step + 1, course.seed, state.total)
+        self.engine.sync()
+        loss = mover.update(step, course.seed)
+        if mover.skips(step):
+            self._require_finite(step, -1 if math.isfinite(loss) else 0)
+            state.total += loss
+            optimizer = pruning.inner_optimizer(self.optimizer)
+            optimizer.iterations.assign_add(1)  # by which the learning rate goes
+        self._take_over()
+
     def _pause(self, course: _Course, stops: bool) -> None:
         """Keeps the state, where that is due, and stops, where that was asked."""
         state, every = course.state, self.spec.checkpoint_every
@@ -293,6 +331,7 @@ class Trainer:
                     seconds=course.seconds(),
                     variables=states.read(self.model, self.optimizer, self.strategy),
                     mask=pruning.get_mask(self.model),
+                    moves=course.mover.state() if course.mover else {},
                 )
             )
         if stops:
@@ -370,7 +409,8 @@ class Trainer:
             f"test_{metric}": None,
             "learning_rate": self._rate_at(step if found else None),
         }
-        if last or all(validation_loss < r["validation_loss"] for r in rows):
+        counted = [r for r in rows if r["step"] >= course.settled or step < course.settled]
+        if last or all(validation_loss < r["validation_loss"] for r in counted):
             seen = bool(found) and not math.isnan(found[3])
             row["test_loss"], row[f"test_{metric}"] = found[2:4] if seen else self.evaluate("test")
         row["seconds"] = found[4] if found else course.seconds()

@@ -1,0 +1,65 @@
+"""Sparse training: the masks that it begins with, and what moves them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from lth_tf import masks, models
+from lth_tf.masks import Mask
+from lth_tf.recipes import RECIPES, sparse
+from lth_tf.scopes import SCOPES
+from lth_tf.tickets import Ticket
+from lth_tf.training.moving import Mover
+
+_SOWN, _DRAWN = 31, 32  # streams of random numbers drawn from a ticket's seed
+
+
+def sown(dense: Ticket, density: Mapping[str, float], level: int) -> Ticket:
+    """Returns a ticket whose mask is drawn at random, of the density that training begins with.
+
+    Args:
+      dense: the level-0 ticket.
+      density: kernel name -> fraction kept in the end.
+      level: the ticket's number.
+    """
+    begins = sparse.initial_density(dense.spec)
+    at = density if begins is None else {n: 1.0 if d == 1 else begins for n, d in density.items()}
+    mask = _drawn(dense, at, level)
+    weights = masks.apply(mask, dense.weights)
+    return dataclasses.replace(dense, mask=mask, weights=weights, level=level)
+
+
+def _drawn(ticket: Ticket, density: Mapping[str, float], level: int) -> Mask:
+    rng = np.random.default_rng([ticket.origin["seed"], _SOWN, level])
+    scores = {name: rng.random(m.shape) for name, m in ticket.mask.items()}
+    if all(d == 1 for d in density.values()):
+        return masks.ones({name: m.shape for name, m in ticket.mask.items()})
+    spec = ticket.spec
+    return SCOPES[spec.scope](scores, density, min_per_layer=spec.min_per_layer)
+
+
+def mover(ticket: Ticket, blueprint: models.Blueprint) -> Mover:
+    """Returns what moves a ticket's mask in its training.
+
+    Args:
+      ticket: see `sown`.
+      blueprint: of its network.
+    """
+    spec, seed = ticket.spec, ticket.origin["seed"]
+    shapes = {name: m.shape for name, m in ticket.mask.items()}
+    kinds = dict.fromkeys(shapes, "")
+    density = RECIPES[spec.recipe].levels(spec, shapes, kinds).densities[ticket.level]
+    final = ticket.mask
+    if sparse.initial_density(spec) is not None:
+        final = _drawn(ticket, density, ticket.level)
+    drawn = None
+    if spec.grow_init == "random":
+        drawn = blueprint.initial(int(np.random.default_rng([seed, _DRAWN]).integers(2**31 - 1)))
+    return Mover(
+        sparse.course(spec), {name: int(m.sum()) for name, m in final.items()}, drawn=drawn,
+        fresh=spec.regrown == "new", trains=spec.update_trains,
+        held_out=spec.grow_batch == "held_out", seed=seed,
+    )  # fmt: skip

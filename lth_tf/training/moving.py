@@ -1,0 +1,195 @@
+"""Masks that move: the updates of a method within a training.
+
+Between two steps the host ranks weights and puts another mask in force (`dynamic.move`), with new
+weights at zero or as initialised, and their slots zero. What the ranking needs of a gradient comes
+from a pass over the batch of the update's step, in which pruned weights count as well as kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lth_tf import masks, pruning
+from lth_tf.dynamic import METHODS, Course, move
+from lth_tf.errors import UserError
+from lth_tf.masks import Mask
+from lth_tf.models import Weights
+from lth_tf.pruning.inside import parts, rate_of
+from lth_tf.pruning.slots import slots_for
+from lth_tf.training.graph import Graph, Setup
+
+_SET, _GROWN = 21, 22  # streams of random numbers drawn from a ticket's seed
+
+
+class Mover:
+    """Moves the mask of a training.
+
+    Args:
+      course: when, and by how much.
+      final: kernel name -> weights to keep in the end.
+      drawn: path -> array: where new weights start, if not at zero.
+      fresh: whether a weight that is dropped and grown again starts anew.
+      trains: whether the step of an update by gradient also trains the weights.
+      held_out: whether that gradient is of validation examples.
+      seed: of what is drawn.
+
+    Attributes:
+      ever: kernel name -> bool array, which weights were ever kept; their share is the
+        exploration rate of Liu et al. 2021 ("Do we actually need dense over-parameterization?").
+      changed: weights that the last update grew.
+    """
+
+    def __init__(
+        self, course: Course, final: Mapping[str, int], *, drawn: Weights | None = None,
+        fresh: bool = False, trains: bool = False, held_out: bool = False, seed: int = 0,
+    ):  # fmt: skip
+        self.course, self.final, self.drawn = course, dict(final), drawn
+        self.fresh, self.trains, self.held_out, self.seed = fresh, trains, held_out, seed
+        self.method = METHODS[course.method]
+        self.ever: dict[str, np.ndarray] = {}
+        self.changed = 0
+
+    def begin(self, setup: Setup, mask: Mask, graph: Graph) -> None:
+        """Takes note of how a training begins.
+
+        Args:
+          setup: what trains.
+          mask: kernel name -> 0/1 array.
+          graph: the loop in TensorFlow of that, for gradients.
+        """
+        self._setup, self._graph = setup, graph
+        self._initial = {name: int(np.count_nonzero(m)) for name, m in mask.items()}
+        self.ever = {name: m != 0 for name, m in mask.items()}
+        if graph.average is not None:
+            for variable in graph.average:
+                variable.assign(np.zeros(variable.shape, variable.dtype.as_numpy_dtype))
+
+    @property
+    def explored(self) -> float:
+        """The share of weights that were ever kept."""
+        return masks.density({name: m.astype(np.uint8) for name, m in self.ever.items()})
+
+    @property
+    def settled(self) -> int:
+        """The step from which on the density is what it will be."""
+        return self.course.last + 1 if self.method.falls else 0
+
+    def skips(self, step: int) -> bool:
+        """Says whether a step updates the mask and does not train."""
+        return self.course.due(step) and self.method.looks and not self.trains
+
+    def targets(self, step: int) -> dict[str, int]:
+        """Returns how many weights each kernel keeps after the update at a step."""
+        return {
+            name: round(self.course.density(step, many, self.final[name]))
+            for name, many in self._initial.items()
+        }
+
+    def update(self, step: int, seed: int) -> float:
+        """Moves the mask; returns the loss of the batch, where one was looked at, else 0.
+
+        Args:
+          step: the step whose update it is.
+          seed: of the order of examples.
+        """
+        model, optimizer = self._setup.model, self._setup.optimizer
+        kernels = pruning.kernels(model)
+        mask = pruning.get_mask(model)
+        weights = {name: kernels[name].numpy() for name in mask}
+        loss, growth = self._growth(step, seed, mask)
+        new = move(
+            mask, {name: w.astype(np.float64) for name, w in weights.items()}, growth,
+            targets=self.targets(step), fraction=self.course.fraction(step, self._rate()),
+            pooled=self.method.pooled,
+        )  # fmt: skip
+        born = {name: (m != 0) & (mask[name] == 0) for name, m in new.items()}
+        self.changed = sum(int(np.count_nonzero(b)) for b in born.values())
+        if self.fresh:  # what was dropped and comes back is born as well
+            many = {n: t for n, t in self.targets(step).items()}
+            born = {n: (m != 0) & ~self._stayed(mask[n], weights[n], new[n], many[n], step)
+                    for n, m in new.items()}  # fmt: skip
+        for name, at in born.items():
+            for slot in slots_for(optimizer, kernels[name]):
+                slot.assign(np.where(at, 0, slot.numpy()))
+            weights[name] = np.where(at, 0, weights[name])
+            kernels[name].assign(weights[name])
+        pruning.set_mask(model, new, optimizer)
+        if self.drawn is not None:
+            for name, at in born.items():
+                value = np.where(at, self.drawn[name], kernels[name].numpy())
+                kernels[name].assign(value.astype(weights[name].dtype))
+        for name, m in new.items():
+            self.ever[name] |= m != 0
+        return loss
+
+    def _stayed(
+        self, mask: np.ndarray, weights: np.ndarray, new: np.ndarray, target: int, step: int
+    ) -> np.ndarray:
+        """Which weights an update did not even drop."""
+        sizes = {"": np.abs(weights.astype(np.float64))}
+        many = int(self.course.fraction(step, self._rate()) * target + 1e-9)
+        return move({"": mask}, sizes, None, targets={"": target - many})[""] != 0
+
+    def _rate(self) -> float:
+        """The learning rate over that of the first update."""
+        rate, iterations = rate_of(self._setup.optimizer), self._setup.optimizer.iterations
+        if not callable(rate):
+            return 1.0
+        first = float(rate(self.course.first))
+        return float(rate(iterations)) / first if first else 0.0
+
+    def _growth(
+        self, step: int, seed: int, mask: Mask
+    ) -> tuple[float, dict[str, np.ndarray] | None]:
+        """The loss of the batch, or 0, and what is grown by: kernel name -> array, or None."""
+        if self.method.grow == "random":
+            rng = np.random.default_rng([self.seed, _SET, step])
+            return 0.0, {name: rng.random(m.shape) for name, m in mask.items()}
+        if self.method.grow == "momentum":
+            assert self._graph.average is not None
+            return 0.0, {
+                name: np.abs(v.numpy().astype(np.float64))
+                for name, v in zip(mask, self._graph.average, strict=True)
+            }
+        if self.method.grow == "gradient":
+            moved = [
+                (part, part.numpy())
+                for v in pruning.weights(self._setup.model).values() if not v.trainable
+                for part in parts(v)
+            ]  # fmt: skip
+            loss, gradients = self._graph.dense_gradients(step, seed, self.held_out)
+            for variable, value in moved:  # statistics and counts are those of training
+                variable.assign(value)
+            return loss, {
+                name: np.abs(g.astype(np.float64)) for name, g in gradients.items()
+            }
+        return 0.0, None
+
+    # --- Checkpoints ---
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns what has to be known to go on, besides variables and mask."""
+        found = {f"ever:{name}": np.packbits(m) for name, m in self.ever.items()}
+        for name, v in zip(self.ever, self._graph.average or [], strict=False):
+            found[f"average:{name}"] = v.numpy()
+        return found
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` returned.
+
+        Raises:
+          UserError: it lacks something.
+        """
+        try:
+            for name, m in self.ever.items():
+                bits = np.unpackbits(arrays[f"ever:{name}"], count=m.size)
+                self.ever[name] = bits.reshape(m.shape) != 0
+            for name, v in zip(self.ever, self._graph.average or [], strict=False):
+                v.assign(arrays[f"average:{name}"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                "a checkpoint of a training whose mask moves does not tell how far it is; delete "
+                "the level's checkpoint_* files to train it anew"
+            ) from error
