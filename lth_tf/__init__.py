@@ -14,9 +14,13 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 _HOMES = {
     "DATASETS": "datasets",
     "Density": "callbacks",
+    "GMP": "callbacks",
+    "GraNet": "callbacks",
     "MODELS": "models",
     "SCOPES": "scopes",
     "Rewind": "callbacks",
+    "RigL": "callbacks",
+    "SET": "callbacks",
     "SCORERS": "scorers",
     "Spec": "spec",
     "Ticket": "tickets",

@@ -6,7 +6,10 @@ import os
 import pytest
 
 # Half of XLA's time: no test is about how well it optimises. For processes of tests, too.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -27,7 +30,34 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
+# What takes long and is told by shorter tests, too: `LTH_TF_SLOW_TESTS=1 make test` runs it.
+SLOW = int(os.environ.get("LTH_TF_SLOW_TESTS", "0"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: only with LTH_TF_SLOW_TESTS")
+    config.addinivalue_line("markers", "sampled(n): n of its cases, without LTH_TF_SLOW_TESTS")
+
+
+def _left_out(items):
+    """What is slow, and of a test that is sampled all cases but so many, evenly spread."""
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            yield item
+        elif marker := item.get_closest_marker("sampled"):
+            cases.setdefault((item.path, item.originalname, marker.args[0]), []).append(item)
+    for (*_, n), each in cases.items():
+        taken = {round(i * (len(each) - 1) / max(n - 1, 1)) for i in range(n)}
+        yield from (item for i, item in enumerate(each) if i not in taken)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not SLOW and not any("::" in given for given in config.args):
+        out = list(_left_out(items))
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
     def place(item):
         name = item.path.stem.removeprefix("test_")
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)

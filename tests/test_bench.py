@@ -118,6 +118,7 @@ def test_bench_of_levels_of_tickets(tmp_path):
         measure(MEASUREMENTS["train"], small, None, 2, 1, tmp_path)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("compiled", ["on", "off"])
 def test_bench_of_a_run_counts_each_moment_once(compiled):
     small = Spec(

@@ -77,6 +77,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_by_a_new_trainer_is_as_never_stopped(tmp_path, thin_norm, kind):
     s = spec(checkpoint_every=7, **KINDS[kind])

@@ -379,6 +379,7 @@ print("sum", float(total()), "of", strategy.num_replicas_in_sync)
 """
 
 
+@pytest.mark.slow
 def test_tensorflow_takes_the_same_ports_at_once():
     done = subprocess.run(
         [sys.executable, "-m", "lth_tf.tools.launch_local", "--workers=2", "--grace=5", "--",

@@ -25,7 +25,7 @@ SPEC = Spec(
     compile="off", adam_epsilon=1e-3,  # else 1e-17 in a gradient that is zero is 1e-10 in a weight
 )  # fmt: skip
 layers = keras.layers
-RUNS = int(os.environ.get("LTH_TF_SLOW_TESTS", "1"))  # of each property
+RUNS = max(1, int(os.environ.get("LTH_TF_SLOW_TESTS", "0")))  # of each property
 
 
 def _mixed(input_shape, classes, seed, *, init="glorot_normal"):
@@ -103,6 +103,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(RUNS))
 @pytest.mark.parametrize("model, kind", KINDS)
 def test_a_part_is_trained_as_in_the_whole_network(model, kind, seed):
@@ -256,6 +257,7 @@ def test_callbacks_see_the_whole_network_and_masks_move():
     assert far(found["off"].weights, found["on"].weights) < 1e-10
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [{}, {"optimizer": "nesterov", "weight_decay": 0.01}])
 def test_a_training_is_resumed_bit_for_bit(kind):
     s = spec(model="mixed", **kind)

@@ -112,6 +112,7 @@ def test_one_shot_mask_is_exact_and_leaves_the_model_as_it_is(scorer, scope):
     assert all(before[n].tobytes() == w.tobytes() for n, w in state(model).items())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", [*MODELS, "lenet_7_5_3"])
 def test_model_wraps_trains_and_repeats(name, request):
     thin = "width" in inspect.signature(MODELS[name]).parameters

@@ -629,6 +629,7 @@ def test_data_that_nothing_can_be_learnt_of_are_refused_where_they_enter(changes
 # The real sets, where they are.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "train", "test", "train_counts", "tolerance"),
     [

@@ -30,6 +30,7 @@ REPLICAS = {1: {}, 2: TWO, 4: FOUR}
 # The same mathematics.
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("communication", ["plain", "packed"])
 def test_float64_losses_of_one_two_and_four_replicas(communication):
     losses = {}
@@ -58,6 +59,7 @@ def test_float64_iterative_pruning_ends_with_the_same_masks(tmp_path):
         assert all(same(a, b) for a, b in zip(found[1], found[count], strict=True))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("scorer", ["grasp", "snip", "synflow"])
 def test_scores_and_masks_do_not_depend_on_the_number_of_devices(scorer, precision):
@@ -106,6 +108,7 @@ def test_float32_gradient_of_one_step_on_four_replicas():
         assert wrong <= 1e-6 * np.abs(gradient).max() + 1.2e-7 * np.abs(w).max(), name
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["thin_norm", "conv2_dropout"])
 def test_every_replica_ends_with_the_same_variables_and_repeats(thin_norm, model):
     s = spec(**TWO, model=model, train_steps=12, eval_every=8, precision="mixed_bfloat16",
@@ -285,6 +288,7 @@ def test_two_workers_pick_the_masks_of_one_process(two_that_pick, tmp_path):
     require_same_masks(tmp_path, workdir, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [1])
 def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
     two_workers, tmp_path, victim

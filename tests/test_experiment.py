@@ -302,6 +302,7 @@ def test_mirrored_float64_run_ends_with_the_same_masks(tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_mirrored_float32_accuracy_lies_within_the_spread_of_seeds(tmp_path):
     kwargs = {"train_steps": 300, "eval_every": 50, "levels": 1, "controls": (),
               "control_levels": ()}  # fmt: skip
@@ -857,6 +858,7 @@ def test_one_shot_refuses(tmp_path, changes, words):
         one_shot(pick(**changes), tmp_path, DIGITS, score_only=True)
 
 
+@pytest.mark.slow
 def test_a_killed_one_shot_ends_as_if_nothing_had_happened(tmp_path):
     """SIGKILL while the second ticket is picked, in a hundred rounds; then to the end."""
     s = pick(scorer="synflow", density=(0.2, 0.05), controls=("shuffle",), train_steps=100)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 
+import pytest
 from test_experiment import FLAGS as ALIKE
 from test_experiment import command, contents
 
@@ -55,6 +56,7 @@ def strike(process, workdir, kind, moment):
     return process.wait(60)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_damaged_and_starved_ends_as_if_nothing_had_happened(tmp_path):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     spec = flags.parse([*ALIKE, *FLAGS], "imp")

@@ -96,6 +96,7 @@ def preset(name, *words):
     return parse("--scope=global", f"--preset={name}", *words, recipe="one_shot")
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", presets())
 def test_preset_parses_plans_and_says_what_it_is(name):
     spec = preset(name)

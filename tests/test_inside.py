@@ -834,6 +834,13 @@ def test_pruning_is_chain():
     assert not pruning.is_chain(keras.Model(x, twice(twice(x))))
 
 
+def test_pruning_steps_in_a_call():
+    model = functional(layers.Dense(2))
+    assert pruning.steps_in_a_call(model) == 1
+    model.compile("sgd", "mse", steps_per_execution=3)
+    assert pruning.steps_in_a_call(model) == 3
+
+
 def test_pruning_calls_of():
     x = keras.Input([3])
     y = layers.Dense(4, name="y")(x)

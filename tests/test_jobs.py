@@ -85,6 +85,7 @@ def alone(tmp_path_factory):
     return files(workdir)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(crew.cores() < 2, reason="one core only")
 def test_side_by_side_is_as_alone_whatever_was_killed_in_between(alone, tmp_path):
     work = tmp_path / "w"

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = [
     {"compat", "errors", "masks"},
     {"budgets", "edge", "pruning", "registry", "storage"},
-    {"compaction", "execution", "schedules", "scopes", "tasks"},
+    {"compaction", "dynamic", "execution", "schedules", "scopes", "tasks"},
     {"callbacks", "recipes"},
     {"spec"},
     {"datasets", "distribute", "models", "tickets"},
@@ -27,8 +27,8 @@ FLOORS = [
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 GROUND = {
-    "edge", "errors", "execution", "masks", "recipes", "registry", "schedules", "scopes", "spec",
-    "storage",
+    "dynamic", "edge", "errors", "execution", "masks", "recipes", "registry", "schedules", "scopes",
+    "spec", "storage",
 }  # fmt: skip
 HEAVY = {"tensorflow", "tf_keras", "keras", "tensorflow_model_optimization", "absl"}
 PACKAGE = sorted((ROOT / "lth_tf").rglob("*.py"))

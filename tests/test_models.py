@@ -187,6 +187,7 @@ def counts(name, shape=(32, 32, 3), classes=10, **options):
         return trainable, model.count_params() - trainable, sum(sizes(model).values())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # 0.27, 0.46, 0.66, 0.85 and 1.7 million in He et al. 2016, table 6.
@@ -236,6 +237,7 @@ def test_vggs_for_small_images(name, conv, normalised):
         assert counts(name, (64, 64, 3)) == wanted
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "trainable", "others"),
     # As published for torchvision's resnet18, resnet50 and vgg16_bn.
@@ -410,6 +412,7 @@ def test_a_spec_is_refused_what_the_network_lacks(name, options):
 # Seeds.
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [*QUICK, "lenet_9_8_7"])
 def test_equal_seeds_are_equal_weights_and_others_differ_everywhere(name):
     one = values(shared(name))
@@ -487,6 +490,7 @@ def test_init(name, shape):
     assert (same == w).all() and (other != w).mean() > 0.99
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("init", list(INITS))
 def test_models_use_the_init(init):
     for model in (

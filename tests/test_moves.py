@@ -47,6 +47,7 @@ def test_a_callback_ends_blocks_where_it_needs_to():
     assert all(trained.weights[n][m != 0].any() for n, m in trained.mask.items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 def test_packed_sums_follow_and_replicas_stay_alike(optimizer):
     s = spec(train_steps=STEPS, optimizer=optimizer, **TWO)
@@ -68,6 +69,7 @@ def undisturbed(request):
     return trainer, calm
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("at", [10, 20, 35])
 def test_it_is_gone_on_with_as_if_nothing_had_happened(at, undisturbed):
     trainer, calm = undisturbed

@@ -104,6 +104,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_zeros_stay_zero_in_fit_under_every_optimizer(name):
     model = prune(small())
@@ -366,6 +367,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_pruned_trained_and_stripped(name):
     make, x, count = MODELS[name]
@@ -626,6 +628,7 @@ def for_files():
     return model, x
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("path", ["m.keras", "m.h5", "saved_model"])
 @pytest.mark.filterwarnings("ignore:You are saving")
 def test_saved_models_keep_masks(path, for_files, tmp_path):

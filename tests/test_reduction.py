@@ -19,6 +19,7 @@ def trained(communication, density, **changes):
     return trainer, mask, trainer.train(weights, mask, 0, 40)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("changes", [{}, {"precision": "mixed_bfloat16", "optimizer": "momentum"}])
 def test_packed_sums_are_the_same_bits(changes):
     _, _, plain = trained("plain", 0.2, **changes)

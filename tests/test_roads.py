@@ -238,6 +238,7 @@ def some(seed=0):
 ALL = os.environ.get("LTH_TF_ALL_ROADS")
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("case", some(), ids="-".join)
 def test_a_pruned_weight_is_zero_by_every_road(case):
     expected = "refused" if case[0] in REFUSED else "held"
@@ -495,6 +496,7 @@ class Crash(keras.callbacks.Callback):
             raise Stop
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("first", ["backup", "rewind"])
 def test_a_training_that_goes_on_is_not_rewound(first, tmp_path):
     def make():

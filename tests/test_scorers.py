@@ -117,6 +117,7 @@ def same(a, b):
 # --- Against brute force ---
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch_norm", ["train", "eval"])
 @pytest.mark.parametrize("temperature", [1.0, 200.0])
 def test_grasp_is_w_times_the_hessian_times_the_gradient(batch_norm, temperature):
@@ -233,6 +234,7 @@ def test_another_loss_gives_other_scores():
 # --- Micro-batches, precision, and the model untouched ---
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("norm", "batch_norm"), [(True, "eval"), (False, "train")])
 @pytest.mark.parametrize("scorer", ["grasp", "snip"])
 def test_scores_do_not_depend_on_the_split_into_micro_batches(scorer, norm, batch_norm):
@@ -256,6 +258,7 @@ def test_a_shuffled_stream_is_walked_once():
     assert error(score(net(), "grasp", again), score(net(), "grasp", parts)) < 1e-12
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_bfloat16", "mixed_float16"])
 def test_the_model_is_left_bit_identical_whatever_its_precision(scorer, dtype):
@@ -366,6 +369,7 @@ def test_a_pruned_model_is_scored_where_its_mask_leaves_weights():
     pruning.check(pruned)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scorer", ["grasp", "snip", "synflow"])
 def test_a_softmax_at_the_end_is_left_out(scorer):
     wanted = score(net(), scorer, [(X, Y)])
@@ -427,6 +431,7 @@ def test_synflow_does_not_overflow_where_float32_would():
     assert all(np.isfinite(s).all() and s.sum() > 1e38 for s in scores.values())
 
 
+@pytest.mark.slow
 def test_synflow_alone_empties_no_layer_of_vgg16_down_to_one_in_ten_thousand():
     """The pattern of Tanaka et al. 2020, figure 1; at half width, with as many layers."""
     model = MODELS["vgg16"]((32, 32, 3), 100, seed=0, init="kaiming_normal", width=0.5)
@@ -448,6 +453,7 @@ def test_synflow_alone_empties_no_layer_of_vgg16_down_to_one_in_ten_thousand():
 # --- One-shot masks ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("schedule", ["exponential", "linear"])
 def test_rounds_score_what_the_last_round_left(scorer, schedule):

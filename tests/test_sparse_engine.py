@@ -77,6 +77,7 @@ def both(s, density=0.3, threads=1, dataset=DIGITS):
 DIGITS_PARTS = ("train", "validation", "test")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_float64_equals_the_graph(changes):
     (one, total, bad, sums), (other, total_2, bad_2, sums_2) = both(spec(**changes))
@@ -85,6 +86,7 @@ def test_float64_equals_the_graph(changes):
     np.testing.assert_allclose(sums, sums_2, rtol=1e-10)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_share_a_batch(threads):
     (one, total, *_), (other, total_2, *_) = both(SPEC, threads=threads)

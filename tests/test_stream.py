@@ -329,6 +329,7 @@ def strategies():
     yield tf.distribute.MirroredStrategy(devices)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("augmentation", ["none", "flip_crop", "resized_crop"])
 @pytest.mark.parametrize("streamed", [True, False])
 def test_one_and_two_replicas_see_the_same_pixels(toy, streamed, augmentation):
@@ -377,6 +378,7 @@ def test_streamed_equals_resident_bit_for_bit(toy, monkeypatch):
             assert a[name] == wanted  # other blocks, so other sums
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_whole(toy):
     s = spec(augmentation="resized_crop")
     weights, mask = start(s, toy)
@@ -392,6 +394,7 @@ def test_killed_and_resumed_equals_whole(toy):
     assert trainer.engine.steps.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.slow
 def test_two_replicas_and_xla_are_the_same_mathematics(toy):
     found = []
     for changes in ({}, {"distribute": "mirrored"}, {"compile": "on"}):

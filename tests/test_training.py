@@ -138,6 +138,7 @@ def test_every_optimizer_is_written_out_by_hand():
     assert HAND.keys() == RATES.keys() == set(training.OPTIMIZERS)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name, changes", BY_HAND.values(), ids=BY_HAND)
 def test_loop_equals_a_training_written_out_by_hand(name, changes):
     # Constant rates are powers of 2, since Keras holds them in float32.
@@ -150,6 +151,7 @@ def test_loop_equals_a_training_written_out_by_hand(name, changes):
         np.testing.assert_allclose(trained[n], oracle[n], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_same_bits_again_and_whatever_the_blocks_are(compile):
     s = spec(compile=compile)
@@ -175,6 +177,7 @@ def test_zeros_stay_and_kept_weights_move():
         assert (trained[n] != weights[n])[m != 0].mean() > 0.5
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "momentum", "nesterov", "sgd"])
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("distribute", ["none", "mirrored"])

@@ -88,7 +88,8 @@ for _name, _method in {
 }.items():  # fmt: skip
     METHODS.register(_name)(_method)
 
-# (progress in 0..1, rate over the first one) -> share of the drop fraction that is replaced.
+# (progress t / T in 0..1, learning rate over that of the first update) -> share of the drop
+# fraction that is replaced.
 Fraction = Callable[[float, float], float]
 FRACTIONS: Registry[Fraction] = Registry("fraction schedule")
 
@@ -129,13 +130,23 @@ DENSITIES: Registry[Callable[[float, float, float], float]] = Registry("density 
 
 @DENSITIES.register("constant")
 def always(initial: float, final: float, progress: float) -> float:
-    """The density at the end."""
+    """The density at the end.
+
+    Args:
+      initial, progress: not looked at.
+      final: it.
+    """
     return final
 
 
 @DENSITIES.register("falling")
 def falling(initial: float, final: float, progress: float) -> float:
-    """d_f + (d_i - d_f) (1 - t / T)^3, of Zhu and Gupta 2017, equation 1."""
+    """d_f + (d_i - d_f) (1 - t / T)^3, of Zhu and Gupta 2017, equation 1.
+
+    Args:
+      initial, final: d_i and d_f.
+      progress: t / T, 0 to 1.
+    """
     return final + (initial - final) * (1 - progress) ** 3
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from lth_tf import masks, models
+from lth_tf.callbacks.moving import Mover
 from lth_tf.masks import Mask
 from lth_tf.recipes import RECIPES, sparse
 from lth_tf.scopes import SCOPES
 from lth_tf.tickets import Ticket
-from lth_tf.training.moving import Mover
 
 _SOWN, _DRAWN = 31, 32  # streams of random numbers drawn from a ticket's seed
 

@@ -108,6 +108,12 @@ def traced_functions(model: Any) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
+def steps_in_a_call(model: Any) -> int:
+    """Returns how many steps `fit` does in one call of what it has traced; before `compile` 1."""
+    many = model._steps_per_execution
+    return 1 if many is None else int(keras.backend.get_value(many))
+
+
 def holds_symbolic_loss(layer: Any) -> bool:
     """Says whether `add_loss` or `add_metric` on a symbolic tensor made a layer."""
     return isinstance(layer, (AddLoss, AddMetric))

@@ -175,13 +175,21 @@ class Compact:
     # --- In between ---
 
     def advance(self, step: int, end: int, seed: int, total: float) -> tuple[float, int]:
-        """Does the steps step .. end - 1, as `Graph.advance`."""
+        """Does the steps step .. end - 1, as `Graph.advance`.
+
+        Args:
+          step, end, seed, total: see there.
+        """
         return self._graph.advance(step, end, seed, total)
 
     def course(
         self, step: int, end: int, seed: int, best: float
     ) -> tuple[list[list[float]], int]:
-        """Does those steps with the evaluations that are due, as `Graph.course`."""
+        """Does those steps with the evaluations that are due, as `Graph.course`.
+
+        Args:
+          step, end, seed, best: see there.
+        """
         return self._graph.course(step, end, seed, best)
 
     def evaluate(self, part: str) -> tuple[float, float]:

@@ -290,7 +290,11 @@ class Streaming:
         self._at: tuple[int, int] | None = None  # the seed and step that the iterator is at
 
     def held_out(self, step: int, end: int, seed: int) -> tuple:
-        """Raises UserError: no single batch is read of a data set on disk."""
+        """Raises UserError: no single batch is read of a data set on disk.
+
+        Args:
+          step, end, seed: not looked at.
+        """
         raise UserError(
             f"grow_batch held_out needs a data set in memory, and {self.dataset.name!r} is read "
             "from disk; use --grow_batch=train"

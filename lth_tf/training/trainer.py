@@ -12,6 +12,7 @@ import numpy as np
 
 from lth_tf import datasets, distribute, models, pruning, schedules
 from lth_tf.callbacks import Rewind
+from lth_tf.callbacks.moving import Mover
 from lth_tf.compat import keras
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
@@ -25,7 +26,6 @@ from lth_tf.training import feeds, states
 from lth_tf.training.engines import Engines
 from lth_tf.training.feeds import CHUNK
 from lth_tf.training.graph import Setup
-from lth_tf.training.moving import Mover
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
 from lth_tf.training.reduction import Reduction
 from lth_tf.training.states import DivergedError, Interrupted, State, Trained
@@ -193,7 +193,7 @@ class Trainer:
             else self.engines.choose(mask, stop - start, moves=mover is not None)
         )
         if mover:
-            mover.begin(self.setup, mask, self.engines.of(Decision()))
+            mover.begin(self.model, self.optimizer, mask, self.engines.of(Decision()))
         course = _Course(
             State(start, start, 0.0, [], 0.0, decision=decision.told()), stop, seed,
             hooks, mover, any(getattr(each, "looks", True) for each in callbacks),

@@ -8,6 +8,7 @@ from a pass over the batch of the update's step, in which pruned weights count a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,12 +16,32 @@ from lth_tf import masks, pruning
 from lth_tf.dynamic import METHODS, Course, move
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.models import Weights
 from lth_tf.pruning.inside import parts, rate_of
 from lth_tf.pruning.slots import slots_for
-from lth_tf.training.graph import Graph, Setup
 
 _SET, _GROWN = 21, 22  # streams of random numbers drawn from a ticket's seed
+
+
+class Gradients(Protocol):
+    """Where gradients of pruned weights come from: a loop, or somebody's `fit`.
+
+    Attributes:
+      average: of each kernel the moving average of its gradient, as variables; None: there is none.
+    """
+
+    average: list[Any] | None
+
+    def dense_gradients(
+        self, step: int, seed: int, held_out: bool
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Returns the loss of a step's batch, and kernel name -> gradient, over all replicas.
+
+        Args:
+          step: which.
+          seed: of the order of examples.
+          held_out: whether it is a batch of the validation part instead.
+        """
+        ...
 
 
 class Mover:
@@ -42,8 +63,9 @@ class Mover:
     """
 
     def __init__(
-        self, course: Course, final: Mapping[str, int], *, drawn: Weights | None = None,
-        fresh: bool = False, trains: bool = False, held_out: bool = False, seed: int = 0,
+        self, course: Course, final: Mapping[str, int], *,
+        drawn: Mapping[str, np.ndarray] | None = None, fresh: bool = False, trains: bool = False,
+        held_out: bool = False, seed: int = 0,
     ):  # fmt: skip
         self.course, self.final, self.drawn = course, dict(final), drawn
         self.fresh, self.trains, self.held_out, self.seed = fresh, trains, held_out, seed
@@ -51,20 +73,20 @@ class Mover:
         self.ever: dict[str, np.ndarray] = {}
         self.changed = 0
 
-    def begin(self, setup: Setup, mask: Mask, graph: Graph) -> None:
+    def begin(self, model: Any, optimizer: Any, mask: Mask, source: Gradients) -> None:
         """Takes note of how a training begins.
 
         Args:
-          setup: what trains.
+          model: a pruned model.
+          optimizer: that trains it.
           mask: kernel name -> 0/1 array.
-          graph: the loop in TensorFlow of that, for gradients.
+          source: of gradients.
         """
-        self._setup, self._graph = setup, graph
+        self._model, self._optimizer, self._source = model, optimizer, source
         self._initial = {name: int(np.count_nonzero(m)) for name, m in mask.items()}
         self.ever = {name: m != 0 for name, m in mask.items()}
-        if graph.average is not None:
-            for variable in graph.average:
-                variable.assign(np.zeros(variable.shape, variable.dtype.as_numpy_dtype))
+        for variable in source.average or []:
+            variable.assign(np.zeros(variable.shape, variable.dtype.as_numpy_dtype))
 
     @property
     def explored(self) -> float:
@@ -94,7 +116,7 @@ class Mover:
           step: the step whose update it is.
           seed: of the order of examples.
         """
-        model, optimizer = self._setup.model, self._setup.optimizer
+        model, optimizer = self._model, self._optimizer
         kernels = pruning.kernels(model)
         mask = pruning.get_mask(model)
         weights = {name: kernels[name].numpy() for name in mask}
@@ -134,7 +156,8 @@ class Mover:
 
     def _rate(self) -> float:
         """The learning rate over that of the first update."""
-        rate, iterations = rate_of(self._setup.optimizer), self._setup.optimizer.iterations
+        inner = pruning.inner_optimizer(self._optimizer)
+        rate, iterations = rate_of(inner), inner.iterations
         if not callable(rate):
             return 1.0
         first = float(rate(self.course.first))
@@ -148,18 +171,15 @@ class Mover:
             rng = np.random.default_rng([self.seed, _SET, step])
             return 0.0, {name: rng.random(m.shape) for name, m in mask.items()}
         if self.method.grow == "momentum":
-            assert self._graph.average is not None
-            return 0.0, {
-                name: np.abs(v.numpy().astype(np.float64))
-                for name, v in zip(mask, self._graph.average, strict=True)
-            }
+            averages = zip(mask, self._source.average or [], strict=True)
+            return 0.0, {n: np.abs(v.numpy().astype(np.float64)) for n, v in averages}
         if self.method.grow == "gradient":
             moved = [
                 (part, part.numpy())
-                for v in pruning.weights(self._setup.model).values() if not v.trainable
+                for v in pruning.weights(self._model).values() if not v.trainable
                 for part in parts(v)
             ]  # fmt: skip
-            loss, gradients = self._graph.dense_gradients(step, seed, self.held_out)
+            loss, gradients = self._source.dense_gradients(step, seed, self.held_out)
             for variable, value in moved:  # statistics and counts are those of training
                 variable.assign(value)
             return loss, {
@@ -172,7 +192,7 @@ class Mover:
     def state(self) -> dict[str, np.ndarray]:
         """Returns what has to be known to go on, besides variables and mask."""
         found = {f"ever:{name}": np.packbits(m) for name, m in self.ever.items()}
-        for name, v in zip(self.ever, self._graph.average or [], strict=False):
+        for name, v in zip(self.ever, self._source.average or [], strict=False):
             found[f"average:{name}"] = v.numpy()
         return found
 
@@ -186,7 +206,7 @@ class Mover:
             for name, m in self.ever.items():
                 bits = np.unpackbits(arrays[f"ever:{name}"], count=m.size)
                 self.ever[name] = bits.reshape(m.shape) != 0
-            for name, v in zip(self.ever, self._graph.average or [], strict=False):
+            for name, v in zip(self.ever, self._source.average or [], strict=False):
                 v.assign(arrays[f"average:{name}"])
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
