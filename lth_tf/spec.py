@@ -221,6 +221,13 @@ class Spec:
         low=1
     )
 
+    sparse_init: str = _field(
+        "none",
+        "Scale the start weights of a ticket up, once its mask is chosen, for the inputs that are "
+        "gone: of each unit by its kept inputs (fan_in) or of each weight by kept inputs and "
+        "outputs (fan_avg), or of each kernel by its density (layer).",
+        choices=("none", "fan_in", "fan_avg", "layer"), later=True,
+    )
     method: str = _field(
         "rigl", "How the mask moves while the network is trained.", registry="methods", later=True
     )
@@ -287,6 +294,10 @@ class Spec:
         "wd * w added to the gradient of every trainable weight (L2 as the papers mean it); "
         "for adamw decoupled.",
         low=0.0,
+    )
+    label_smoothing: float = _field(
+        0.0, "Share of each label that is spread over all classes, in training only.", low=0.0,
+        high=1.0, later=True,
     )
     batch_size: int = _field(60, "Global batch size.", low=1)
     train_steps: int = _field(50_000, "Steps of a whole training.", low=1)

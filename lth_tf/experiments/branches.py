@@ -14,7 +14,7 @@ import numpy as np
 from lth_tf import masks
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
-from lth_tf.experiments import picking
+from lth_tf.experiments import growing, picking
 from lth_tf.models import initial_weights
 from lth_tf.recipes import RECIPES, one_shot
 from lth_tf.registry import Registry
@@ -82,7 +82,7 @@ def branch(ticket: Ticket, name: str, start: Start, dataset: Dataset) -> Ticket:
       UserError: see `require`.
     """
     require(name, ticket.spec)
-    control = BRANCHES[name](ticket, start, dataset)
+    control = growing.scaled(BRANCHES[name](ticket, start, dataset))
     return dataclasses.replace(control, origin={**control.origin, "arm": name})
 
 

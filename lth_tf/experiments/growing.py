@@ -63,3 +63,34 @@ def mover(ticket: Ticket, blueprint: models.Blueprint) -> Mover:
         fresh=spec.regrown == "new", trains=spec.update_trains,
         held_out=spec.grow_batch == "held_out", seed=seed,
     )  # fmt: skip
+
+
+def scaled(ticket: Ticket) -> Ticket:
+    """Returns a ticket whose start weights are those of an initialisation that knows the mask.
+
+    A weight of input i and output j is multiplied by sqrt(n / k). With `sparse_init` = 'fan_in', n
+    is the number of inputs of the kernel and k that of those that j keeps; with 'fan_avg' the sum
+    of inputs and outputs, and of those that j and i keep; with 'layer' of weights, and of those
+    that the kernel keeps. So its variance is what the initialisation gives a dense layer with as
+    many connections. Evci et al. 2022, section 3.
+
+    Args:
+      ticket: with weights as initialised.
+    """
+    kind = ticket.spec.sparse_init
+    if kind == "none":
+        return ticket
+    weights = dict(ticket.weights)
+    for name, m in ticket.mask.items():
+        kept = np.reshape(m != 0, (-1, *m.shape[-2:])).sum(0)  # of each input and output
+        window = m.size // kept.size
+        inputs, outputs = kept.sum(0), kept.sum(1)[:, None]
+        if kind == "layer":
+            n, k = m.size, kept.sum()
+        elif kind == "fan_in":
+            n, k = window * kept.shape[0], inputs
+        else:
+            n, k = window * sum(kept.shape), inputs + outputs
+        factor = np.sqrt(n / np.maximum(1, k))
+        weights[name] = (weights[name] * factor).astype(weights[name].dtype)
+    return dataclasses.replace(ticket, weights=weights)

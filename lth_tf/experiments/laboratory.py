@@ -406,11 +406,11 @@ class Laboratory:
         found = analysis.collapse(ticket.mask, through)
         if self.progress or "warning" in found:
             self.say(found)
-        return ticket
+        return growing.scaled(ticket)
 
     def sow(self, dense: Ticket, level: int) -> Ticket:
         """Returns the ticket that a training under a moving mask begins with."""
-        return growing.sown(dense, self.plan.densities[level], level)
+        return growing.scaled(growing.sown(dense, self.plan.densities[level], level))
 
     @contextlib.contextmanager
     def _told(self, where: str) -> Iterator[None]:

@@ -22,7 +22,7 @@ import numpy as np
 from lth_tf import pruning
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
-from lth_tf.models import parts, resnet, vgg
+from lth_tf.models import parts, resnet, vgg, wrn
 from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, require_images
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec, require_spec
@@ -186,16 +186,18 @@ def _lenet(units: list[int]) -> Builder:
 
 
 def _family(name: str) -> Builder | None:
-    """Any 'lenet_A_B_...': hidden layers of A, B, ... units."""
+    """Any 'lenet_A_B_...', 'lenet5_A_B_C_D' or 'wrn_D_K'."""
     if re.fullmatch(r"lenet(_[1-9]\d*)+", name):
         return _lenet([parts.countable(int(n)) for n in name.split("_")[1:]])
-    return None
+    if re.fullmatch(r"lenet5(_[1-9]\d*){4}", name):
+        return _classic([parts.countable(int(n)) for n in name.split("_")[1:]])
+    return wrn.family(name)
 
 
 # What others need to know: the sides of the smallest image that it takes (None: it takes inputs of
 # any shape), and another model that is made of the same blocks, but of fewer.
 MODELS: Registry[Builder] = Registry(
-    "model", _family, ("lenet_A_B_...",), smallest=None, like=None
+    "model", _family, ("lenet_A_B_...", "lenet5_A_B_C_D", "wrn_D_K"), smallest=None, like=None
 )
 
 
@@ -256,6 +258,40 @@ def lenet5(
         keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"),
     ]
     return keras.Sequential(layers, name="lenet5")
+
+
+def _classic(sizes: list[int]) -> Builder:
+    def build(
+        input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
+    ) -> Any:
+        require_images("lenet5_A_B_C_D", input_shape, 16)
+        inits = initialisers(init, seed)
+        layers: list[Any] = [keras.Input(input_shape)]
+        for i, filters in enumerate(sizes[:2], 1):
+            layers.append(
+                keras.layers.Conv2D(
+                    filters, 5, activation="relu", kernel_initializer=next(inits), name=f"conv{i}"
+                )
+            )
+            layers.append(keras.layers.MaxPooling2D(name=f"pool{i}"))
+        layers.append(keras.layers.Flatten(name="flatten"))
+        for i, units in enumerate(sizes[2:], 1):
+            layers.append(
+                keras.layers.Dense(
+                    units, activation="relu", kernel_initializer=next(inits), name=f"fc{i}"
+                )
+            )
+        layers.append(keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"))
+        return keras.Sequential(layers, name="lenet5_classic")
+
+    build.__doc__ = (
+        f"Two 5x5 convolutions of {sizes[0]} and {sizes[1]} filters with max-pools, dense layers "
+        f"of {sizes[2]} and {sizes[3]} (LeCun et al. 1998, with ReLUs; Evci et al. 2022)."
+    )
+    return build
+
+
+register("lenet5_classic", smallest=16)(_classic([6, 16, 120, 84]))
 
 
 def _conv(blocks: list[int], dropout: float) -> Builder:

@@ -45,8 +45,15 @@ class IdentityShortcut(keras.layers.Layer):
         return {**super().get_config(), "filters": self.filters, "strides": self.strides}
 
 
-def _conv(x: Any, inits: Iterator[Any], filters: int, size: int, strides: int, name: str) -> Any:
-    """A convolution whose output at p is centred on the input at strides x p."""
+def conv(x: Any, inits: Iterator[Any], filters: int, size: int, strides: int, name: str) -> Any:
+    """Returns a convolution without bias whose output at p is centred on the input at strides x p.
+
+    Args:
+      x: its input.
+      inits: of which the next is its kernel's.
+      filters, size, strides: of it.
+      name: its own, and a part of that of the padding.
+    """
     if strides > 1 and size > 1:
         # Keras' "same" pads even sizes on the far sides only: half a stride off the centre.
         x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
@@ -69,11 +76,11 @@ def _block(
     for i, (filters, size, strides) in enumerate(convs, 1):
         if i > 1:
             y = keras.layers.ReLU(name=f"{name}_relu{i - 1}")(y)
-        y = norm(f"{name}_norm{i}")(_conv(y, inits, filters, size, strides, f"{name}_conv{i}"))
+        y = norm(f"{name}_norm{i}")(conv(y, inits, filters, size, strides, f"{name}_conv{i}"))
     strides = max(s for _, _, s in convs)
     if strides > 1 or x.shape[-1] != filters:
         if shortcut == "projection":
-            x = _conv(x, inits, filters, 1, strides, f"{name}_shortcut")
+            x = conv(x, inits, filters, 1, strides, f"{name}_shortcut")
             x = norm(f"{name}_shortcut_norm")(x)
         else:
             x = IdentityShortcut(filters, strides, name=f"{name}_shortcut")(x)
@@ -113,7 +120,7 @@ def _small(depth: int) -> Builder:
         inits = initialisers(init, seed)
         filters = [scaled(n, width) for n in (16, 32, 64)]
         inputs = keras.Input(input_shape)
-        x = _conv(inputs, inits, filters[0], 3, 1, "stem_conv")
+        x = conv(inputs, inits, filters[0], 3, 1, "stem_conv")
         x = keras.layers.ReLU(name="stem_relu")(norm("stem_norm")(x))
         x = _stages(x, inits, [(depth - 2) // 6] * 3, filters, False, shortcut, classes)
         return keras.Model(inputs, x, name=f"resnet{depth}")
@@ -139,7 +146,7 @@ def _imagenet(depth: int, blocks: list[int], bottleneck: bool) -> Builder:
         inits = initialisers(init, seed)
         filters = [scaled(n, width) for n in (64, 128, 256, 512)]
         inputs = keras.Input(input_shape)
-        x = _conv(inputs, inits, filters[0], 7, 2, "stem_conv")
+        x = conv(inputs, inits, filters[0], 7, 2, "stem_conv")
         x = keras.layers.ReLU(name="stem_relu")(norm("stem_norm")(x))
         # Zeros are as good as no padding here: nothing after a ReLU is less.
         x = keras.layers.ZeroPadding2D(1, name="stem_pool_pad")(x)

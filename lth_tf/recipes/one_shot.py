@@ -101,7 +101,7 @@ ONE_SHOT = Recipe(
     fields=(
         "density", "scorer", "scorer_options", "rounds", "round_schedule", "samples_per_class",
         "score_batch_size", "score_batch_norm", "score_loss", "score_augmentation",
-        "temperature", "grasp_variant", "snip_variant", "min_per_layer", "dense",
+        "temperature", "grasp_variant", "snip_variant", "min_per_layer", "sparse_init", "dense",
     ),
     levels=levels,
     steps=steps,

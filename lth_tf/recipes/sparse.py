@@ -89,7 +89,9 @@ def steps(lab: Any, replicate: int) -> None:
         lab.later(folder / "level_00", lab.ticket(folder / "level_00", lambda: dense))
     for level in lab.levels:
         here = folder / f"level_{level:02d}"
-        lab.later(here, lab.ticket(here, lab.sow, dense, level))
+        ticket = lab.ticket(here, lab.sow, dense, level)
+        lab.later(here, ticket)
+        lab.branches(here, ticket, dense.weights)
 
 
 def _says(spec: Any, levels: int, rounds: int) -> str:
@@ -106,7 +108,7 @@ SPARSE = Recipe(
     tool="lth-sparse",
     module="sparse",
     help="random ones that move while the network is trained",
-    fields=("density", "dense", "min_per_layer", "method", *OPTIONS),
+    fields=("density", "dense", "min_per_layer", "sparse_init", "method", *OPTIONS),
     levels=levels,
     steps=steps,
     asked=lambda spec: spec.density,

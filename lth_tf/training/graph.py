@@ -213,7 +213,7 @@ class Graph:
         x, y = self.feed.batch(taken, seed, step)
         kernels = list(pruning.kernels(self.model).values())
         with tf.GradientTape() as tape, pruning.dense_gradients():
-            losses = self.task.losses(y, self._outputs(x, training=True))
+            losses = self._losses(y, self._outputs(x, training=True))
             loss = tf.reduce_sum(losses) / self.spec.batch_size
         return [tf.cast(loss, tf.float64), *tape.gradient(loss, kernels)]
 
@@ -223,6 +223,14 @@ class Graph:
             outputs = self.model(x, training=training)
         return tf.cast(outputs, tf.float64 if outputs.dtype == tf.float64 else tf.float32)
 
+    def _losses(self, y: Any, outputs: Any) -> Any:
+        """The losses that are trained: (1 - a) loss + a times the mean of it over all classes."""
+        losses, smooth = self.task.losses(y, outputs), self.spec.label_smoothing
+        if smooth:
+            spread = -tf.reduce_mean(tf.nn.log_softmax(outputs), -1)
+            losses = (1 - smooth) * losses + smooth * spread
+        return losses
+
     def _step(self, taken: Any, seed: Any, step: Any, packed: Any) -> Any:
         """One step on one replica; see the feed for `taken`, `Reduction` for `packed`."""
         x, y = self.feed.batch(taken, seed, step)
@@ -230,7 +238,7 @@ class Graph:
         scaled = pruning.inner_optimizer(self.optimizer) is not self.optimizer
         dense = pruning.dense_gradients if self.average else contextlib.nullcontext
         with tf.GradientTape() as tape, dense():
-            losses = self.task.losses(y, self._outputs(x, training=True))
+            losses = self._losses(y, self._outputs(x, training=True))
             # The mean over the global batch: replicas add up their shares of it.
             loss = tf.reduce_sum(losses) / self.spec.batch_size
             target = self.optimizer.get_scaled_loss(loss) if scaled else loss

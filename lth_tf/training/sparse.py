@@ -67,6 +67,8 @@ def unfit(setup: Setup) -> str | None:
     ):
         if getattr(spec, name) not in fits:
             return f"{name} is {getattr(spec, name)}, not {' or '.join(fits)}"
+    if spec.label_smoothing:
+        return "labels are smoothed (label_smoothing)"
     try:
         _layers(setup)
     except ValueError as error:

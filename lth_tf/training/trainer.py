@@ -96,6 +96,8 @@ class Trainer:
         self.input_shape = tuple(dataset.input_shape)
         self.classes = dataset.classes
         self.task = TASKS[dataset.task]
+        if spec.label_smoothing and dataset.task != "classification":
+            raise UserError(f"label_smoothing has no meaning for the task {dataset.task!r}")
         self.strategy = strategy or distribute.strategy_of(spec)
         self.workers = distribute.workers_of(self.strategy)
         self.feed = feeds.feed(dataset, spec, self.strategy)
