@@ -252,7 +252,7 @@ def spec_from_flags(recipe: str = "imp", values: flags.FlagValues = flags.FLAGS)
 
 
 def recipe_of(words: Sequence[str]) -> str | None:
-    """Returns the recipe whose own flags are among `words`; None where several could be meant.
+    """Returns the first recipe that has all flags among `words`; None where all recipes have them.
 
     Raises:
       UserError: an unknown flag, a wrong value, or flags of which no recipe has all.
@@ -267,7 +267,7 @@ def recipe_of(words: Sequence[str]) -> str | None:
         listed = ", ".join(f"--{name} ({', '.join(has)})" for name, has in own.items())
         which = "both" if len(set(itertools.chain(*own.values()))) == 2 else "several"
         raise UserError(f"flags of {which} recipes: {listed}; give those of one")
-    return left[0] if own and len(left) == 1 else None
+    return left[0] if own else None
 
 
 def parse(words: Sequence[str], recipe: str) -> Spec:

@@ -170,7 +170,13 @@ def pruned(tmp_path_factory):
         tmp_path_factory.mktemp("lab"),
         data,
     )
+    sown = Laboratory(
+        Spec(recipe="sparse", density=(0.4,), update_every=2, **{**TINY, "scope": "layerwise"}),
+        tmp_path_factory.mktemp("lab"),
+        data,
+    )
     return {
+        "sparse": (sown.sow(sown.dense(0), 1), sown.dense(0).weights, data),
         "imp": (trained.prune(dense, after, dense.weights, 1), dense.weights, data),
         "one_shot": (picked.pick(picked.dense(0), 1), picked.dense(0).weights, data),
     }

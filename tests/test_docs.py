@@ -159,7 +159,11 @@ def home(tmp_path_factory):
         dataset="digits", model="lenet_20_10", validation_size=100, batch_size=60,
         train_steps=4, eval_every=2, levels=7, compile="off",
     )  # fmt: skip
-    experiments.imp(spec, folder / "runs" / "mnist", datasets.load("digits"))
+    digits = datasets.load("digits")
+    experiments.imp(spec, folder / "runs" / "mnist", digits)
+    moves = {"recipe": "sparse", "levels": Spec().levels, "update_every": 2, "density": (0.2,)}
+    sparse = dataclasses.replace(spec, **moves)
+    experiments.run(sparse, folder / "runs" / "mnist_rigl", digits)
     return folder
 
 

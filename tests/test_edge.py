@@ -413,7 +413,7 @@ MISTAKES = [
     ("sweep", ["--workdir={empty}/s", "--scorers=snp"], "Did you mean 'snip'"),
     ("sweep", ["--workdir={empty}/s", "--", "--lr_schedule=steps", "--lr_drops=99999"],
      "lie behind the end of training"),
-    ("sweep", ["--workdir={empty}/s", "--", "--levels=2", "--density=0.1"], "flags of both rec"),
+    ("sweep", ["--workdir={empty}/s", "--", "--levels=2", "--density=0.1"], "flags of several rec"),
     ("bench", [], "no command given; there are: "),
     ("bench", ["trian"], "unknown command 'trian'"),
     ("bench", ["train", "--rounds=0"], "rounds"),

@@ -14,10 +14,11 @@ from lth_tf import experiments
 from lth_tf.errors import UserError
 from lth_tf.flags import REGISTRIES, expand, presets, spec_from_flags
 from lth_tf.models import MODELS
+from lth_tf.recipes import RECIPES
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec, owners
 
-lth_tf.flags.define_spec("imp", "one_shot")
+lth_tf.flags.define_spec(*RECIPES)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Spec)}
@@ -91,9 +92,10 @@ def command(name):
 
 def preset(name, *words):
     """The spec that the tool named in the header makes of the preset."""
-    if re.search(r"lth-(imp|oneshot)\b", command(name))[1] == "imp":
-        return parse(f"--preset={name}", *words)
-    return parse("--scope=global", f"--preset={name}", *words, recipe="one_shot")
+    tool = re.search(r"lth-(imp|oneshot|sparse)\b", command(name))[0]
+    (recipe,) = [name for name, record in RECIPES.items() if record.tool == tool]
+    scope = RECIPES[recipe].defaults.get("scope", "layerwise")
+    return parse(f"--scope={scope}", f"--preset={name}", *words, recipe=recipe)
 
 
 @pytest.mark.sampled(7)
@@ -104,7 +106,7 @@ def test_preset_parses_plans_and_says_what_it_is(name):
     if shape[0] > 64 and "width" in inspect.signature(MODELS[spec.model]).parameters:
         spec = dataclasses.replace(spec, width=spec.width / 4)  # seconds less, and GBs
     planned = experiments.plan(spec, shape, classes)
-    levels = spec.dense + len(spec.density) if spec.recipe == "one_shot" else spec.levels + 1
+    levels = spec.levels + 1 if spec.recipe == "imp" else spec.dense + len(spec.density)
     assert planned.trainings >= levels * spec.replicates
     assert planned.steps >= spec.train_steps * spec.replicates
     text = open(presets()[name]).read()
@@ -119,7 +121,7 @@ def test_preset_parses_plans_and_says_what_it_is(name):
 def test_preset_has_only_flags_that_its_tool_has(name):
     recipe = preset(name).recipe
     known = {f.name for f in ON_THE_LINE if recipe in (owners(f.name) or [recipe])}
-    known |= {"compression"} if recipe == "one_shot" else set()
+    known |= {"compression"} if "density" in known else set()
     given = re.findall(r"^--(\w+)", open(presets()[name]).read(), re.MULTILINE)
     assert given and {g if g in known else g.removeprefix("no") for g in given} <= known
     assert len(given) == len(set(given))
@@ -206,14 +208,16 @@ def test_each_tool_has_the_flags_of_its_recipe_only():
     imp, one_shot, neither = defined("imp"), defined("one_shot"), defined()
     owned = {
         recipe: {f.name for f in ON_THE_LINE if recipe in owners(f.name)}
-        for recipe in ("imp", "one_shot")
+        for recipe in RECIPES
     }
     assert {"levels", "prune_fraction", "rewind_step"} <= set(imp) - set(one_shot)
     assert {"scorer", "density", "compression", "dense"} <= set(one_shot) - set(imp)
     assert set(imp) - set(neither) == owned["imp"]
     assert set(one_shot) - set(neither) == owned["one_shot"] | {"compression"}
     assert set(defined("imp", "one_shot")) == set(imp) | set(one_shot)
-    shared = {f.name for f in ON_THE_LINE} - owned["imp"] - owned["one_shot"]
+    assert {"method", "update_every", "density"} <= set(defined("sparse")) - set(imp)
+    assert set(defined("sparse")) - set(neither) == owned["sparse"] | {"compression"}
+    shared = {f.name for f in ON_THE_LINE} - set().union(*owned.values())
     assert set(neither) == shared | {"preset"}
 
 

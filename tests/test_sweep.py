@@ -284,7 +284,7 @@ def test_a_presets_flags_decide_its_recipe(tmp_path):
         ((None, ["0"], None, None), ("--train_stps=3",), "run 'seed0': .*train_stps"),
         ((None, ["0"], None, None), ("stray",), "run 'seed0': unexpected 'stray'"),
         ((None, ["0"], None, None), ("--workdir=x",), "run 'seed0': Unknown .*workdir"),
-        ((None, ["0"], None, None), ("--levels=2", "--dense"), "both recipes: .*dense.*levels"),
+        ((None, ["0"], None, None), ("--levels=2", "--dense"), "several recipes: .*dense.*levels"),
         ((["digits_lenet_imp"], None, None, ["snip"]), (), "--scorers are for lth-oneshot"),
         ((None, ["0"], None, None), ("--seed=3",), "--seed is given after --"),
         ((None, None, ["0.1"], None), ("--compression=3",), "--compression is given after --"),

@@ -95,9 +95,9 @@ class Moves(keras.callbacks.Callback):
                 f"model {model.name!r} has {len(optimizers)} optimizers; {type(self).__name__} is "
                 "for models that one trains"
             )
-        self._optimizer = optimizers[0]
+        self._rule = optimizers[0]
         self._require_steps()
-        pruning.create_slots(self._optimizer, model)
+        pruning.create_slots(self._rule, model)
         mask = pruning.get_mask(model)
         if masks.density(mask) == 1 and self._begins not in (None, 1):
             mask = self._drawn(mask, float(self._begins or 1))
@@ -108,15 +108,14 @@ class Moves(keras.callbacks.Callback):
         counts = {name: int(np.count_nonzero(m)) for name, m in final.items()}
         if self._mover is None:  # a second `fit` goes on
             self._mover = Mover(self.course, counts, seed=self.seed)
-            self._mover.begin(model, self._optimizer, mask, self)
-        self._original = model.train_function
+            self._mover.begin(model, self._rule, mask, self)
         self._look = tf.function(self._of_batch)
-        model.train_function = self._train
+        self._original = inside.replace_train_function(model, self._train)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Gives `fit` its step back."""
-        self.model.train_function = self._original
-        pruning.check(self.model, self._optimizer)
+        inside.replace_train_function(self.model, self._original)
+        pruning.check(self.model, self._rule)
 
     def _require_steps(self) -> None:
         model, name = self.model, type(self).__name__
@@ -132,7 +131,7 @@ class Moves(keras.callbacks.Callback):
                 f"{type(model).__name__} has a train_step of its own, whose loss {name} cannot "
                 f"know; give {name}(loss=...), a function of the model and a batch"
             )
-        inner = pruning.inner_optimizer(self._optimizer)
+        inner = pruning.inner_optimizer(self._rule)
         if getattr(inner, "gradient_accumulation_steps", None):
             raise UserError(
                 f"the optimizer adds up gradients over several steps (gradient_accumulation_steps),"
@@ -146,7 +145,7 @@ class Moves(keras.callbacks.Callback):
     def _train(self, iterator: Any) -> Any:
         """A step of `fit`, or an update of the mask."""
         assert self._mover is not None
-        inner = pruning.inner_optimizer(self._optimizer)
+        inner = pruning.inner_optimizer(self._rule)
         step = int(inner.iterations.numpy())
         if not self.course.due(step):
             return self._original(iterator)

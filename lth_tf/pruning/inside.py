@@ -114,6 +114,16 @@ def steps_in_a_call(model: Any) -> int:
     return 1 if many is None else int(keras.backend.get_value(many))
 
 
+def replace_train_function(model: Any, function: Any) -> Any:
+    """Has `fit` call a function of its iterator for each step; returns what it called before.
+
+    Within `fit` only, from `on_train_begin` on: it makes its own first.
+    """
+    before = model.train_function
+    model.train_function = function
+    return before
+
+
 def holds_symbolic_loss(layer: Any) -> bool:
     """Says whether `add_loss` or `add_metric` on a symbolic tensor made a layer."""
     return isinstance(layer, (AddLoss, AddMetric))
