@@ -131,7 +131,7 @@ def define_spec(*recipes: str, values: flags.FlagValues = flags.FLAGS, **default
             flag_values=values,
         )  # fmt: skip
     if any(field.name == "scorer" for field in known):
-        for name, (scorer, option) in _scorer_flags().items():
+        for name, (scorer, option) in scorer_flags().items():
             if name not in values:
                 _define_option(name, scorer, option, values)
     if "preset" not in values:
@@ -179,8 +179,8 @@ def define_execution(jobs: str) -> list[flags.FlagHolder]:
     return [side, engine, compact, threads]
 
 
-def _scorer_flags() -> dict[str, tuple[str, str]]:
-    """Flag -> (scorer, option), for the options that no field of Spec has."""
+def scorer_flags() -> dict[str, tuple[str, str]]:
+    """Returns flag -> (scorer, option), for the options that no field of Spec has."""
     return {
         f"{scorer}_{option}": (scorer, option)
         for scorer in SCORERS
@@ -217,7 +217,7 @@ def _define_option(name: str, scorer: str, option: str, values: flags.FlagValues
 def _scorer_options(scorer: str, values: flags.FlagValues) -> tuple[tuple[str, Any], ...]:
     """The options that the flags give the scorer and that are not its defaults."""
     found = []
-    for name, (owner, option) in _scorer_flags().items():
+    for name, (owner, option) in scorer_flags().items():
         value = values[name].value
         if value is None:
             continue
@@ -258,7 +258,7 @@ def recipe_of(words: Sequence[str]) -> str | None:
       UserError: an unknown flag, a wrong value, or flags of which no recipe has all.
     """
     given = _parsed(words, *RECIPES)
-    alike = {"compression": "density", **dict.fromkeys(_scorer_flags(), "scorer")}
+    alike = {"compression": "density", **dict.fromkeys(scorer_flags(), "scorer")}
     names = [field.name for field in _fields(*RECIPES)]
     whose = {name: owners(alike.get(name, name)) for name in [*names, *alike]}
     own = {name: has for name, has in whose.items() if has and given[name].present}
@@ -412,7 +412,7 @@ def _group(name: str) -> str:
     for group, names in _GROUPS.items():
         if name in names:
             return group
-    if name in fields_of(role="masks") or name in _scorer_flags():
+    if name in fields_of(role="masks") or name in scorer_flags():
         return "pruning"
     return "training" if name in fields_of(role="training") else "output"
 

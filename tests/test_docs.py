@@ -302,7 +302,7 @@ SLURM = {"signal", "gpus-per-task"}
 def test_flags_that_are_named_exist(page):
     known = {field.name for field in dataclasses.fields(Spec)} | SLURM
     known |= {"preset", "flagfile", "compression", "help", "fisher_power"}
-    known = known.union(*map(own_flags, TOOLS))
+    known = known.union(*map(own_flags, TOOLS), lth_tf.flags.scorer_flags())
     for span in re.findall(r"`(--[a-z][^`]*)`", FENCED.sub("", PAGES[page])):
         name = re.match(r"--([\w-]+)", span)[1]
         assert name in known, f"{page} names --{name}"

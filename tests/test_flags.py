@@ -213,7 +213,8 @@ def test_each_tool_has_the_flags_of_its_recipe_only():
     assert {"levels", "prune_fraction", "rewind_step"} <= set(imp) - set(one_shot)
     assert {"scorer", "density", "compression", "dense"} <= set(one_shot) - set(imp)
     assert set(imp) - set(neither) == owned["imp"]
-    assert set(one_shot) - set(neither) == owned["one_shot"] | {"compression"}
+    own = {"compression", *lth_tf.flags.scorer_flags()}
+    assert set(one_shot) - set(neither) == owned["one_shot"] | own
     assert set(defined("imp", "one_shot")) == set(imp) | set(one_shot)
     assert {"method", "update_every", "density"} <= set(defined("sparse")) - set(imp)
     assert set(defined("sparse")) - set(neither) == owned["sparse"] | {"compression"}

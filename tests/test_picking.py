@@ -15,7 +15,7 @@ from lth_tf.experiments import picking
 from lth_tf.recipes import one_shot
 from lth_tf.recipes.record import protected
 from lth_tf.scopes import SCOPES, count
-from lth_tf.scorers import LOSSES, SCORERS, score
+from lth_tf.scorers import LOSSES, SCORERS, looks_at_data, score
 from lth_tf.spec import Spec, owners
 from lth_tf.tickets import Ticket
 from lth_tf.training import feeds, initial_weights, plain_model
@@ -337,7 +337,7 @@ def test_ticket_is_the_dense_one_cut_to_the_highest_scores(scorer):
     assert same(found.weights, masks.apply(found.mask, start.weights))
     assert {**found.origin, "scoring": None} == {**start.origin, "scoring": None}
     model = plain_model(s, (8, 8, 1), 10, 3)
-    data = picking.batches(s, DIGITS, 3) if scorer in ("grasp", "snip") else None
+    data = picking.batches(s, DIGITS, 3) if looks_at_data(scorer) else None
     scores = score(model, scorer, data, **picking.options(s, 3))
     assert same(found.mask, SCOPES["global"](scores, 0.2, min_per_layer=0))
     assert all(m.all() for m in start.mask.values())
@@ -373,7 +373,7 @@ CHANGES = {
     "normalization": ({}, {"normalization": "l2"}),
 }
 # The last but one below, in a network that has it; the last where a scorer has other options.
-ELSEWHERE = {"density", "dense", "score_batch_norm", "scorer_options"}
+ELSEWHERE = {"density", "dense", "score_batch_norm", "scorer_options", "sparse_init"}
 
 
 def test_scoring_images_are_augmented_black_around_whatever_the_micro_batches():

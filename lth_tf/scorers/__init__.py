@@ -23,7 +23,9 @@ from lth_tf.registry import Registry
 from lth_tf.scopes import SCOPES, Density
 from lth_tf.scorers.baselines import magnitude, random
 from lth_tf.scorers.batches import Batch
+from lth_tf.scorers.fisher import fisher_diag, fisher_taylor
 from lth_tf.scorers.grasp import grasp
+from lth_tf.scorers.hutchinson import hessian_diag
 from lth_tf.scorers.losses import LOSSES
 from lth_tf.scorers.network import Reused
 from lth_tf.scorers.snip import snip
@@ -36,7 +38,10 @@ Scorer = Callable[..., Scores]
 SCORERS: Registry[Scorer] = Registry(
     "scorer", rounds=1, draws=False, signed=lambda options: False
 )
+SCORERS.register("fisher_diag")(fisher_diag)
+SCORERS.register("fisher_taylor", signed=lambda options: True)(fisher_taylor)
 SCORERS.register("grasp", signed=lambda options: options.get("variant") != "absolute")(grasp)
+SCORERS.register("hessian_diag", signed=lambda options: True)(hessian_diag)
 SCORERS.register("magnitude")(magnitude)
 SCORERS.register("random", draws=True)(random)
 SCORERS.register("snip")(snip)

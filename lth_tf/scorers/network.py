@@ -220,6 +220,28 @@ class Network:
             )
         return dict(zip(self.kernels, total, strict=True))
 
+    def hessian_product(
+        self,
+        kernels: Mapping[str, Any],
+        batches: Iterable[Batch] | None,
+        loss: Loss,
+        vector: Mapping[str, Any],
+    ) -> dict[str, np.ndarray]:
+        """Returns H v, where H is the Hessian of the mean loss of all examples.
+
+        Args:
+          kernels: kernel name -> array.
+          batches: (inputs, int labels [n]), the same at every walk.
+          loss: (labels, logits) -> losses of the examples.
+          vector: kernel name -> array of the kernel's shape: v.
+
+        Raises:
+          UserError: see `hessian_gradient`.
+        """
+        values, parts = self._values(kernels), Parts(batches, summed=False)
+        total = self._summed(self._product, values, parts, loss, 1.0, self._values(vector))
+        return dict(zip(self.kernels, total, strict=True))
+
     def flow(self, kernels: Mapping[str, Any], batches: Any = None) -> dict[str, np.ndarray]:
         """Returns w * dR/dw, R the sum of the outputs for an input of ones.
 
