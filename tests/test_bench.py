@@ -17,8 +17,10 @@ from lth_tf.bench import MEASUREMENTS, Measurement, measure
 from lth_tf.bench.checkpoints import checkpoints, checkpoints_table
 from lth_tf.bench.levels import levels, levels_figure, levels_table
 from lth_tf.bench.loops import train
+from lth_tf.bench.moves import sparse, sparse_table
 from lth_tf.bench.parts import PARTS, Clock, parts, parts_table
 from lth_tf.bench.replicas import scale, scale_table
+from lth_tf.dynamic import METHODS
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
@@ -98,6 +100,23 @@ def test_bench_of_levels(tmp_path, monkeypatch):
     monkeypatch.setattr("lth_tf.bench.levels.DENSITIES", (1.0,))
     conv = dataclasses.replace(small, model="conv2")
     assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow", "compact"]
+
+
+def test_bench_of_methods_that_move_masks():
+    small = Spec(
+        recipe="sparse", dataset="digits", model="lenet_20_10", validation_size=100, compile="off",
+        eval_every=10, density=(0.2,), update_every=4, scope="erk",
+    )  # fmt: skip
+    result = sparse(small, datasets.load("digits"), 10, 1)
+    found = result["engines"]
+    assert list(found["tensorflow"]) == list(METHODS) and "snfs" not in found.get("sparse", {})
+    for each in found.values():
+        assert each["static"]["speed"] == 1 and each["static"]["update_ms"] is None
+        assert all(one["speed"] > 0 and one["update_ms"] > 0 for m, one in each.items()
+                   if m != "static")  # fmt: skip
+    texts = io.StringIO()
+    rich.console.Console(file=texts).print(sparse_table(result))
+    assert "granet" in texts.getvalue()
 
 
 def test_bench_of_levels_of_tickets(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 from lth_tf import datasets, masks, pruning, training
 from lth_tf.compat import keras, tf
 from lth_tf.datasets import Dataset
+from lth_tf.dynamic import METHODS, move
 from lth_tf.errors import UserError
-from lth_tf.experiments import Laboratory, branch, branches
+from lth_tf.experiments import Laboratory, branch, branches, growing
 from lth_tf.experiments.branches import BRANCHES
 from lth_tf.flags import REGISTRIES
 from lth_tf.models import INITS, MODELS
@@ -20,6 +21,7 @@ from lth_tf.schedules import LR_SCHEDULES
 from lth_tf.scopes import SCOPES, count
 from lth_tf.scorers import SCORERS, one_shot_mask
 from lth_tf.spec import Spec
+from lth_tf.tickets import Ticket
 from lth_tf.training import OPTIMIZERS, Trainer
 
 
@@ -222,6 +224,42 @@ def test_branch_changes_something_repeats_and_stays_valid(recipe, name, pruned):
     )
     same = all(np.array_equal(a, other.weights[n]) for n, a in control.weights.items())
     assert same != BRANCHES.about(name).draws
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_method_begins_and_ends_as_dense_as_its_scope_says(method, scope):
+    spec = Spec(recipe="sparse", method=method, scope=scope, density=(0.3,), train_steps=1000)
+    rng = np.random.default_rng(0)
+    weights = {f"{n}/kernel": rng.normal(size=s) for n, s in {
+        "a": (3, 3, 2, 6), "b": (3, 3, 6, 9), "c": (81, 20), "d": (20, 10)}.items()}  # fmt: skip
+    shapes = {n: w.shape for n, w in weights.items()}
+    dense = Ticket(masks.ones(shapes), weights, 0, 0, {"seed": 3, "replicate": 0}, spec)
+    density = RECIPES["sparse"].levels(spec, shapes, {}).densities[1]
+    ticket = growing.sown(dense, density, 1)
+    ticket.verify()
+    course = growing.course(spec)
+    wanted = SCOPES[scope]({n: rng.random(s) for n, s in shapes.items()}, density)
+    total = count(0.3, masks.size(dense.mask))
+    if METHODS[method].falls:
+        assert masks.density(ticket.mask) > 0.4
+    else:
+        assert masks.kept(ticket.mask) == total
+    mover, mask = growing.mover(ticket, None), ticket.mask
+    began = {n: int(m.sum()) for n, m in mask.items()}
+    mover._initial = began
+    for step in filter(course.due, range(spec.train_steps)):
+        growth = {n: rng.random(s) for n, s in shapes.items()} if METHODS[method].grows else None
+        size = {n: rng.random(s) for n, s in shapes.items()}
+        mask = move(
+            mask, size, growth, targets=mover.targets(step), fraction=course.fraction(step),
+            pooled=METHODS[method].pooled,
+        )  # fmt: skip
+    assert masks.kept(mask) == total
+    if scope != "global" and not METHODS[method].pooled:
+        assert {n: int(m.sum()) for n, m in mask.items()} == {
+            n: int(m.sum()) for n, m in wanted.items()
+        }
 
 
 @pytest.mark.parametrize("name", INITS)

@@ -298,6 +298,15 @@ def test_the_sparse_engine_follows_a_moving_mask():
     assert all(np.abs(w - found[1].weights[n]).max() < 1e-10 for n, w in found[0].weights.items())
 
 
+def test_the_sparse_engine_knows_no_gradient_of_pruned_weights_at_every_step():
+    pytest.importorskip("numba")
+    s = spec(method="snfs")
+    with pytest.raises(UserError, match="snfs needs the gradient of pruned weights at every step"):
+        Trainer(s, DIGITS, execution=Execution("sparse"))
+    trainer = Trainer(s, DIGITS, execution=Execution("auto"))
+    assert trainer.engines.choose(began(s)[1].mask, 10, moves=True).engine == "tensorflow"
+
+
 def test_a_gradient_of_pruned_weights_leaves_statistics_and_counts(thin_norm):
     s = spec(model=thin_norm)
     trainer, ticket, mover = began(s)

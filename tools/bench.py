@@ -15,7 +15,7 @@ with edge.importing():
     from lth_tf.errors import UserError
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each contender runs.", lower_bound=1)
-lth_tf.flags.define_spec("imp", "one_shot")  # after --rounds, which is not the Spec's here
+lth_tf.flags.define_spec("imp", "one_shot", "sparse")  # --rounds is no Spec's here
 DATA_DIR = flags.DEFINE_string("data_dir", None, "tensorflow-datasets folder ($TFDS_DATA_DIR).")
 BLOCK = flags.DEFINE_integer("block", 500, "Steps per contender and round.", lower_bound=1)
 FIGURE = flags.DEFINE_string("figure", None, "A PNG to draw it into, for lth-bench levels.")

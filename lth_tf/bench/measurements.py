@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from lth_tf import datasets
-from lth_tf.bench import checkpoints, levels, loops, parts, replicas, scores, start, stream
+from lth_tf.bench import checkpoints, levels, loops, moves, parts, replicas, scores, start, stream
 from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
@@ -40,6 +40,7 @@ MEASUREMENTS = {
     "train": Measurement(loops.train, loops.train_table),
     "levels": Measurement(levels.levels, levels.levels_table, figure=levels.levels_figure),
     "run": Measurement(parts.parts, parts.parts_table),
+    "sparse": Measurement(moves.sparse, moves.sparse_table, recipe="sparse"),
     "start": Measurement(start.start, start.start_table),
     "scale": Measurement(replicas.scale, replicas.scale_table, before=replicas.two_replicas),
     "checkpoints": Measurement(checkpoints.checkpoints, checkpoints.checkpoints_table),

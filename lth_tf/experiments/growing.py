@@ -11,6 +11,7 @@ from lth_tf import masks, models
 from lth_tf.callbacks.moving import Mover
 from lth_tf.masks import Mask
 from lth_tf.recipes import RECIPES, sparse
+from lth_tf.recipes.sparse import course
 from lth_tf.scopes import SCOPES
 from lth_tf.tickets import Ticket
 
@@ -59,7 +60,7 @@ def mover(ticket: Ticket, blueprint: models.Blueprint) -> Mover:
     if spec.grow_init == "random":
         drawn = blueprint.initial(int(np.random.default_rng([seed, _DRAWN]).integers(2**31 - 1)))
     return Mover(
-        sparse.course(spec), {name: int(m.sum()) for name, m in final.items()}, drawn=drawn,
+        course(spec), {name: int(m.sum()) for name, m in final.items()}, drawn=drawn,
         fresh=spec.regrown == "new", trains=spec.update_trains,
         held_out=spec.grow_batch == "held_out", seed=seed,
     )  # fmt: skip

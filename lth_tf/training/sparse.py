@@ -28,7 +28,7 @@ from lth_tf.pruning.inside import is_chain, rate_of
 from lth_tf.pruning.slots import slots_for
 from lth_tf.tasks import TASKS
 from lth_tf.training.feeds import Resident, batch_indices
-from lth_tf.training.graph import Setup
+from lth_tf.training.graph import Setup, by_momentum
 
 INSTALL = "pip install lth_tf[sparse]"
 ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid")  # in the order of their numbers in `kernels`
@@ -67,6 +67,8 @@ def unfit(setup: Setup) -> str | None:
     ):
         if getattr(spec, name) not in fits:
             return f"{name} is {getattr(spec, name)}, not {' or '.join(fits)}"
+    if by_momentum(spec):
+        return f"method {spec.method} needs the gradient of pruned weights at every step"
     if spec.label_smoothing:
         return "labels are smoothed (label_smoothing)"
     try:
