@@ -304,7 +304,13 @@ def test_the_sparse_engine_knows_no_gradient_of_pruned_weights_at_every_step():
     with pytest.raises(UserError, match="snfs needs the gradient of pruned weights at every step"):
         Trainer(s, DIGITS, execution=Execution("sparse"))
     trainer = Trainer(s, DIGITS, execution=Execution("auto"))
-    assert trainer.engines.choose(began(s)[1].mask, 10, moves=True).engine == "tensorflow"
+    assert trainer.engines.choose(began(s)[1].mask, 10).engine == "tensorflow"
+
+
+def test_no_network_is_built_for_a_mask_that_moves():
+    with pytest.raises(UserError, match="compact_training=on does not work here: masks move"):
+        Trainer(spec(), DIGITS, execution=Execution(compact="on"))
+    assert "masks move" in Trainer(spec(), DIGITS).engines.told()
 
 
 def test_a_gradient_of_pruned_weights_leaves_statistics_and_counts(thin_norm):

@@ -21,6 +21,7 @@ from lth_tf.masks import Mask
 from lth_tf.models import policy
 from lth_tf.pruning.inside import rate_of
 from lth_tf.pruning.slots import slots_for
+from lth_tf.recipes import RECIPES
 from lth_tf.training.graph import Graph, Setup, compiles
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
 from lth_tf.training.reduction import Reduction
@@ -36,6 +37,8 @@ _BUILD, _BUILD_LAYER = 2.0, 0.2
 def unfit(setup: Setup) -> str | None:
     """Returns why an engine of this kind cannot train something, as half a sentence, or None."""
     optimizer = setup.optimizer
+    if RECIPES[setup.spec.recipe].moves(setup.spec):
+        return "masks move, and a network would have to be built for each"
     if setup.strategy.num_replicas_in_sync > 1:
         return "several replicas share a batch"
     if pruning.inner_optimizer(optimizer) is not optimizer:

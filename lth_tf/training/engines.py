@@ -63,14 +63,12 @@ class Engines:
         """Takes note of how a training begins; called while the model has those weights."""
         self._start = compact.start_of(self._setup.model)
 
-    def choose(self, mask: Mask, steps: int, moves: bool = False) -> Decision:
+    def choose(self, mask: Mask, steps: int) -> Decision:
         """Returns how a training is computed, once and for all of it.
 
         Args:
           mask: kernel name -> 0/1 array, that it begins with.
           steps: how many it is to do.
-          moves: whether the mask will be another one soon, so that it is not worth while to build
-            a network for this one.
         """
         quicker = (
             masks.density(mask) <= BREAK_EVEN and not _gpu() and sparse.unfit(self._setup) is None
@@ -78,7 +76,7 @@ class Engines:
         if self._asked == "sparse" or (self._asked == "auto" and quicker):
             return Decision("sparse")
         small = Decision(compact=True)
-        if moves or self._compact == "off" or compact.unfit(self._setup):
+        if self._compact == "off" or compact.unfit(self._setup):
             return Decision()
         pays = self._compact == "on" or (
             masks.density(mask) < 1 and self.of(small).pays(mask, steps)

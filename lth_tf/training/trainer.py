@@ -190,9 +190,7 @@ class Trainer:
         began = time.perf_counter()
         self.engines.look()
         decision = (
-            Decision.of(state.decision)
-            if state
-            else self.engines.choose(mask, stop - start, moves=mover is not None)
+            Decision.of(state.decision) if state else self.engines.choose(mask, stop - start)
         )
         if mover:
             mover.begin(self.model, self.optimizer, mask, self.engines.of(Decision()))
