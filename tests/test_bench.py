@@ -25,6 +25,7 @@ from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 
 
+@pytest.mark.slow
 def test_bench_of_scale_and_of_checkpoints():
     two = Spec(
         dataset="digits", model="lenet_20_10", validation_size=100, checkpoint_every=10,

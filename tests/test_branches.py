@@ -117,6 +117,7 @@ def test_shuffle_differs_between_levels_and_replicates_and_repeats():
 # invert
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_invert_keeps_exactly_the_lowest_scores(scorer, scope):

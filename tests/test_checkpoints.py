@@ -77,7 +77,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_by_a_new_trainer_is_as_never_stopped(tmp_path, thin_norm, kind):
     s = spec(checkpoint_every=7, **KINDS[kind])
@@ -109,6 +109,7 @@ def test_interrupted_and_resumed_by_a_new_trainer_is_as_never_stopped(tmp_path, 
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("capture", [0, 5, 20])
 def test_captured_weights_are_told_once_whatever_the_step(capture):
     s, told = spec(), []

@@ -306,6 +306,7 @@ def test_a_port_in_use_is_told_to_all():
     assert said.startswith(f"worker 0: cannot listen at {there[0]} (Address already in use)")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "reply",
     [

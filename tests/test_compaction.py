@@ -103,7 +103,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("seed", range(RUNS))
 @pytest.mark.parametrize("model, kind", KINDS)
 def test_a_part_is_trained_as_in_the_whole_network(model, kind, seed):
@@ -201,6 +201,7 @@ def test_a_bias_that_moved_or_will_is_not_judged():
     assert engine.part(mask).keep["hidden"].all()
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_a_channel_and_an_empty_network_its_biases():
     s = spec(model="mixed")
     one = trainer(s, "on")

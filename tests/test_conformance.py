@@ -63,6 +63,7 @@ def scored(scorer, **options):
     return scores
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_scorer_repeats_is_finite_and_takes_every_kernel(scorer):
     scores, again = scored(scorer), scored.__wrapped__(scorer)
@@ -100,6 +101,7 @@ def test_scorer_and_scope(scorer, scope, density):
     assert masks.kept(tied) == wanted(0.98)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_one_shot_mask_is_exact_and_leaves_the_model_as_it_is(scorer, scope):
@@ -114,7 +116,7 @@ def test_one_shot_mask_is_exact_and_leaves_the_model_as_it_is(scorer, scope):
     assert all(before[n].tobytes() == w.tobytes() for n, w in state(model).items())
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [*MODELS, "lenet_7_5_3"])
 def test_model_wraps_trains_and_repeats(name, request):
     thin = "width" in inspect.signature(MODELS[name]).parameters

@@ -46,6 +46,7 @@ def test_float64_losses_of_one_two_and_four_replicas(communication):
         np.testing.assert_allclose(losses[count], losses[1], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_float64_iterative_pruning_ends_with_the_same_masks(tmp_path):
     found = {}
     for count, changes in REPLICAS.items():
@@ -59,7 +60,7 @@ def test_float64_iterative_pruning_ends_with_the_same_masks(tmp_path):
         assert all(same(a, b) for a, b in zip(found[1], found[count], strict=True))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("scorer", ["grasp", "snip", "synflow"])
 def test_scores_and_masks_do_not_depend_on_the_number_of_devices(scorer, precision):
@@ -137,6 +138,7 @@ def test_dropout_drops_the_same_on_any_number_of_replicas():
         np.testing.assert_allclose(ends[1][name], w, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_synchronized_batch_norm_sees_the_global_batch(thin_norm):
     changes = {"model": thin_norm, "precision": "float64", "train_steps": 10, "eval_every": 5}
     weights, mask = start(spec(**changes))
@@ -181,6 +183,7 @@ def test_auto_takes_all_gpus_and_trains():
     assert trainer.train(weights, mask, 0, 20).rows[-1]["loss"] < 3
 
 
+@pytest.mark.slow
 def test_two_devices_of_a_machine_without_gpus_are_made_by_the_command(tmp_path):
     flags = [*ALIKE[:-1], "--levels=1", "--train_steps=20", "--communication=packed"]
     done = subprocess.run(
@@ -282,6 +285,7 @@ def test_two_workers_end_with_the_masks_of_one_process(two_workers, tmp_path):
     assert not list(workdir.rglob("checkpoint_*"))
 
 
+@pytest.mark.slow
 def test_two_workers_pick_the_masks_of_one_process(two_that_pick, tmp_path):
     workdir, _ = two_that_pick
     alone("one_shot", PICK, tmp_path)
@@ -382,6 +386,7 @@ def two_that_pick(tmp_path_factory):
     return workdir, told
 
 
+@pytest.mark.slow
 def test_scores_in_float32_and_batch_norm_of_two_workers(two_that_pick):
     _, told = two_that_pick
     for out, _ in told:
@@ -412,6 +417,7 @@ def test_what_keeps_a_worker_from_taking_part_is_told_to_all(monkeypatch, change
         distribute.join(spec(distribute="multi_worker", **changes))
 
 
+@pytest.mark.slow
 def test_a_chief_that_cannot_write_is_an_error_on_every_worker(tmp_path):
     (tmp_path / "file").write_text("in the way")
     began = time.monotonic()

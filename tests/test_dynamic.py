@@ -113,6 +113,35 @@ def test_falling_densities_are_those_of_polynomial_decay():
             assert 1 - gmp.density(step, 1.0, 0.2) == pytest.approx(float(sparsity), abs=1e-6)
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_masks_are_tfmots_on_the_same_weights(constant):
+    from tensorflow_model_optimization.python.core.sparsity.keras import (
+        pruning_impl,
+        pruning_schedule,
+    )
+
+    rng = np.random.default_rng(0)
+    kernel = tf.Variable(rng.normal(size=(10, 15)).astype(np.float32))
+    if constant:  # from one update on as sparse as it ends
+        schedule = pruning_schedule.ConstantSparsity(0.8, 20, 70, 10)
+        gmp = Course("gmp", 10, 20, 20)
+    else:
+        schedule = pruning_schedule.PolynomialDecay(0.0, 0.8, 20, 70, frequency=10)
+        gmp = Course("gmp", 10, 70, 20)
+    mask = {"": np.ones((10, 15), np.uint8)}
+    for step in filter(gmp.due, range(100)):
+        held = kernel, tf.Variable(tf.ones_like(kernel)), tf.Variable(0.0)
+        theirs = pruning_impl.Pruning(
+            lambda step=step: tf.constant(step, tf.int64), [held], schedule, (1, 1), "AVG"
+        )
+        _, wanted = theirs._update_mask(kernel)
+        targets = {"": round(gmp.density(step, 150, 30))}
+        mask = move(mask, {"": kernel.numpy()}, None, targets=targets)
+        assert np.array_equal(mask[""], wanted.numpy())
+        kernel.assign(np.where(mask[""], kernel.numpy() * rng.uniform(0.5, 2, (10, 15)), 0))
+    assert mask[""].sum() == 30
+
+
 # --- In a training ---
 
 
@@ -245,6 +274,7 @@ def test_snfs_averages_the_dense_gradient_of_every_step():
         assert np.array_equal(pruning.get_mask(trainer.model)[n], want)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes",
     [

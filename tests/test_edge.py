@@ -510,7 +510,7 @@ def test_a_ticket_is_taken_for_its_mask():
         (lambda m: score(m, "snip", [(np.array([[1], [1, 2]], object), Y)]), "Python objects"),
         (lambda m: score(m, "snip", [(tf.ragged.constant([[1.0], []]), [0, 1])]), "to_tensor"),
         (lambda m: score(m, "snip", [(tf.sparse.from_dense(X), Y)]), "tf.sparse.to_dense"),
-        (lambda m: score(m, None, [(X, Y)]), "unknown scorer None; there are: grasp, "),
+        (lambda m: score(m, None, [(X, Y)]), "unknown scorer None; there are: fisher_diag, "),
         (lambda m: score(m, "grasp", [(X, Y)], temperature="hot"), "must be a number, not 'hot'"),
         (
             lambda m: one_shot_mask(_network(), "magnitude", density=0.5, transform=np.transpose),

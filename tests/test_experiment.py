@@ -275,6 +275,7 @@ def test_one_shot_goes_there_in_one_pruning(tmp_path):
     assert {n: int(m.sum()) for n, m in once.mask.items()} == plan(BASE, (8, 8, 1), 10).kept(3)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("scope", ["layerwise", "global"])
 def test_target_density_is_hit(tmp_path, scope):
     s = spec(
@@ -345,6 +346,7 @@ def rewound(tmp_path_factory):
     return path
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["metrics.csv", "rewind.safetensors", "trained.safetensors"])
 def test_a_level_that_lost_a_file_is_done_again_alike(rewound, tmp_path, name):
     shutil.copytree(rewound, tmp_path / "copy")

@@ -319,6 +319,7 @@ def interrupt(monkeypatch):
     monkeypatch.setattr(tf.saved_model, "load", load)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "spoil, error, message",
     [

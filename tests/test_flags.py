@@ -98,7 +98,7 @@ def preset(name, *words):
     return parse(f"--scope={scope}", f"--preset={name}", *words, recipe=recipe)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", presets())
 def test_preset_parses_plans_and_says_what_it_is(name):
     spec = preset(name)

@@ -351,6 +351,7 @@ CRAFT = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_no_file_crashes_a_reader_or_is_taken_for_another(kind, whole, tmp_path):

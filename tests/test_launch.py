@@ -91,6 +91,7 @@ def test_who_does_not_end_is_killed_with_all_it_has_started():
         raise AssertionError("the worker's child lives on")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_go_to_all_workers_and_the_launcher_waits(number):
     code = "import signal, time; "

@@ -31,7 +31,7 @@ SHAPES = {"lenet_300_100": (28, 28, 1)}
 # The smallest images.
 SIDES = {
     "conv2": 2, "conv2_dropout": 2, "conv4": 4, "conv4_dropout": 4, "conv6": 8, "conv6_dropout": 8,
-    "lenet5": 16, "vgg11": 16, "vgg13": 16, "vgg16": 16, "vgg19": 16, "imagenet_vgg16": 32,
+    "lenet5": 16, "lenet5_classic": 16, "vgg11": 16, "vgg13": 16, "vgg16": 16, "vgg19": 16, "imagenet_vgg16": 32,
 }  # fmt: skip
 
 
@@ -66,8 +66,8 @@ def sizes(model):
 
 def test_names():
     assert FIXED == [
-        "lenet_300_100", "lenet5", "conv2", "conv2_dropout", "conv4", "conv4_dropout", "conv6",
-        "conv6_dropout", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "lenet_300_100", "lenet5", "lenet5_classic", "conv2", "conv2_dropout", "conv4",
+        "conv4_dropout", "conv6", "conv6_dropout", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
         "imagenet_resnet18", "imagenet_resnet50", "vgg11", "vgg13", "vgg16", "vgg19",
         "imagenet_vgg16",
     ]  # fmt: skip
@@ -111,6 +111,7 @@ def test_conv(name, dropout, conv, dense):
     assert [w.shape[-1] for w in pruning.kernels(model).values()] == [*filters, 256, 256, 10]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", QUICK)
 def test_ends_in_logits_of_any_number_of_classes(name):
     model = shared(name)
@@ -187,7 +188,7 @@ def counts(name, shape=(32, 32, 3), classes=10, **options):
         return trainable, model.count_params() - trainable, sum(sizes(model).values())
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # 0.27, 0.46, 0.66, 0.85 and 1.7 million in He et al. 2016, table 6.
@@ -221,6 +222,7 @@ def test_resnet32_of_double_width():
     assert counts("resnet32", width=2.0)[0] == 1_860_522
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "conv", "normalised"),
     [
@@ -333,6 +335,7 @@ def residual(model, x):
     return tf.reduce_mean(x, (1, 2)) @ w["output/kernel"] + w["output/bias"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "side", "options"),
     [
@@ -412,7 +415,7 @@ def test_a_spec_is_refused_what_the_network_lacks(name, options):
 # Seeds.
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [*QUICK, "lenet_9_8_7"])
 def test_equal_seeds_are_equal_weights_and_others_differ_everywhere(name):
     one = values(shared(name))
@@ -435,6 +438,7 @@ def test_layers_and_seeds_do_not_share_weights():
     assert len(drawn) == 12 and len({v.tobytes() for v in drawn}) == 12
 
 
+@pytest.mark.slow
 def test_equal_seeds_are_equal_weights_in_every_process():
     code = """
 from lth_tf import pruning, storage
@@ -490,7 +494,7 @@ def test_init(name, shape):
     assert (same == w).all() and (other != w).mean() > 0.99
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("init", list(INITS))
 def test_models_use_the_init(init):
     for model in (

@@ -69,7 +69,7 @@ def undisturbed(request):
     return trainer, calm
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("at", [10, 20, 35])
 def test_it_is_gone_on_with_as_if_nothing_had_happened(at, undisturbed):
     trainer, calm = undisturbed

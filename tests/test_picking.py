@@ -329,6 +329,7 @@ def picked(scorer="grasp"):
     return pick(spec(scorer=scorer))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_ticket_is_the_dense_one_cut_to_the_highest_scores(scorer):
     s = spec(scorer=scorer, rounds=1)

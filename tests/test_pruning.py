@@ -104,7 +104,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_zeros_stay_zero_in_fit_under_every_optimizer(name):
     model = prune(small())
@@ -126,6 +126,7 @@ def test_regularizers_and_constraints_do_not_leak(options):
     assert_trained(model, *fit(model, optimizers.Adam(0.1), examples(8, 6), examples(8, 3)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64"])
 def test_zeros_stay_zero_in_every_precision(policy):
     keras.mixed_precision.set_global_policy(policy)
@@ -150,6 +151,7 @@ def test_zeros_stay_zero_under_xla():
     assert_trained(model, *fit(model, optimizers.Adam(0.1), x, y, jit_compile=True))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_zeros_stay_zero_on_two_replicas(policy):
     strategy = two_replicas()
@@ -367,7 +369,7 @@ MODELS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_pruned_trained_and_stripped(name):
     make, x, count = MODELS[name]

@@ -31,6 +31,7 @@ def test_packed_sums_are_the_same_bits(changes):
         assert [a[c] for c in columns] == [b[c] for c in columns]
 
 
+@pytest.mark.slow
 def test_several_masks_one_after_the_other_in_few_graphs():
     trainer = Trainer(spec(**TWO, communication="packed"), DIGITS)
     for density in (0.7, 0.5, 0.3, 0.2, 0.1, 0.05):

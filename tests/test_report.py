@@ -177,6 +177,7 @@ def test_sentence(early, end, pieces):
     assert "down to" not in text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rows", [ROWS, PICKED, ALL, ALL[:1]], ids=["dense", "none", "all", "one"])
 def test_figure_is_drawn_and_repeats(tmp_path, rows):
     report.figure(rows, tmp_path / "a.png", "title")

@@ -70,7 +70,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_starts_as_if_nothing_had_been_trained(name):
     model = build(OPTIMIZERS[name]())

@@ -238,7 +238,7 @@ def some(seed=0):
 ALL = os.environ.get("LTH_TF_ALL_ROADS")
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", some(), ids="-".join)
 def test_a_pruned_weight_is_zero_by_every_road(case):
     expected = "refused" if case[0] in REFUSED else "held"

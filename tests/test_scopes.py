@@ -237,7 +237,7 @@ def test_levels_are_nested_and_exact(scope, ties):
             mask = inner
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @ALL
 @pytest.mark.parametrize("own", [False, True])
 def test_rounds_never_run_out_of_weights(scope, own):

@@ -117,7 +117,7 @@ def same(a, b):
 # --- Against brute force ---
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("batch_norm", ["train", "eval"])
 @pytest.mark.parametrize("temperature", [1.0, 200.0])
 def test_grasp_is_w_times_the_hessian_times_the_gradient(batch_norm, temperature):
@@ -135,6 +135,7 @@ def test_grasp_is_w_times_the_hessian_times_the_gradient(batch_norm, temperature
     assert all(np.array_equal(size[n], np.abs(s)) for n, s in scores.items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("batch_norm", ["train", "eval"])
 def test_snip_is_the_share_of_w_times_the_gradient(batch_norm):
     w, g, _ = oracle(batch_norm == "train")
@@ -234,7 +235,7 @@ def test_another_loss_gives_other_scores():
 # --- Micro-batches, precision, and the model untouched ---
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("norm", "batch_norm"), [(True, "eval"), (False, "train")])
 @pytest.mark.parametrize("scorer", ["grasp", "snip"])
 def test_scores_do_not_depend_on_the_split_into_micro_batches(scorer, norm, batch_norm):
@@ -258,7 +259,7 @@ def test_a_shuffled_stream_is_walked_once():
     assert error(score(net(), "grasp", again), score(net(), "grasp", parts)) < 1e-12
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "mixed_bfloat16", "mixed_float16"])
 def test_the_model_is_left_bit_identical_whatever_its_precision(scorer, dtype):
@@ -274,6 +275,7 @@ def test_the_model_is_left_bit_identical_whatever_its_precision(scorer, dtype):
     assert logits.shape == (12, 3) and not same(before, state(model))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("scorer", ["grasp", "snip", "synflow"])
 def test_a_mixed_precision_model_is_scored_as_the_float32_one(scorer, dtype):
@@ -369,7 +371,7 @@ def test_a_pruned_model_is_scored_where_its_mask_leaves_weights():
     pruning.check(pruned)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("scorer", ["grasp", "snip", "synflow"])
 def test_a_softmax_at_the_end_is_left_out(scorer):
     wanted = score(net(), scorer, [(X, Y)])
@@ -453,7 +455,7 @@ def test_synflow_alone_empties_no_layer_of_vgg16_down_to_one_in_ten_thousand():
 # --- One-shot masks ---
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("schedule", ["exponential", "linear"])
 def test_rounds_score_what_the_last_round_left(scorer, schedule):
@@ -702,6 +704,7 @@ class Helped(keras.Model):
         return self.b(self.features(x))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("traced_before", [True, False])
 def test_a_tf_function_inside_a_model_is_seen_through_and_left_alone(traced_before):
     model, plain = Helped(), Helped()
@@ -783,6 +786,7 @@ def test_what_was_lost_or_kept_by_activity_regularizers_is_as_before():
     assert [float(x) for x in model.losses] == before and before[0] > 0
 
 
+@pytest.mark.slow
 def test_fit_goes_on_as_if_nothing_had_been_scored():
     histories = []
     for scored in (False, True):

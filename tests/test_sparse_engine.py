@@ -77,7 +77,7 @@ def both(s, density=0.3, threads=1, dataset=DIGITS):
 DIGITS_PARTS = ("train", "validation", "test")
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_float64_equals_the_graph(changes):
     (one, total, bad, sums), (other, total_2, bad_2, sums_2) = both(spec(**changes))
@@ -98,6 +98,7 @@ def test_float32_is_near():
     assert far(one, other) < 1e-3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["adam", "adamw", "momentum"])
 def test_slots_in_float32_differ_by_rounding_alone(name):
     """Weights hardly show a beta that is a little off; slots do after a step."""
@@ -348,6 +349,7 @@ def test_a_workdir_is_computed_with_the_engine_that_it_was_begun_with(tmp_path):
     assert storage.read_tensors(last)[1]["decision"] == {"engine": "sparse"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "engine, model, said",
     [

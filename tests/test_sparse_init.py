@@ -55,6 +55,7 @@ def test_a_units_sum_has_the_variance_of_a_dense_one():
     assert (growing.scaled(ticket).weights["k"] ** 2).sum(0).mean() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("recipe", ["one_shot", "sparse"])
 def test_tickets_and_controls_start_scaled(recipe, tmp_path):
     method = {"method": "static"} if recipe == "sparse" else {"scorer": "random"}

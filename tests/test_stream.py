@@ -209,6 +209,7 @@ def test_lanes_are_equal_parts_of_an_epoch(toy):
     assert len(left_out) > 1
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_sees_the_same_batches(toy):
     # Two ends of an epoch are passed.
     step, count = STEPS - 2, STEPS + 3
@@ -240,6 +241,7 @@ def test_a_worker_opens_the_files_of_its_lanes_only(toy, tmp_path):
             os.rename(path + "~", path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "part, workers, n", [("test", 1, 19), ("test", 2, 19), ("train", 3, 70), ("validation", 12, 10)]
 )
@@ -329,7 +331,7 @@ def strategies():
     yield tf.distribute.MirroredStrategy(devices)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("augmentation", ["none", "flip_crop", "resized_crop"])
 @pytest.mark.parametrize("streamed", [True, False])
 def test_one_and_two_replicas_see_the_same_pixels(toy, streamed, augmentation):
@@ -408,6 +410,7 @@ def test_two_replicas_and_xla_are_the_same_mathematics(toy):
             assert a["test_accuracy"] == b["test_accuracy"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("streamed", [True, False])
 def test_evaluation_is_not_augmented(toy, streamed):
     data = toy if streamed else in_memory(toy)
@@ -497,6 +500,7 @@ def test_feed_goes_on_where_it_was(toy):
     assert feed.begin(4, 5, 1)[0] is not first
 
 
+@pytest.mark.slow
 def test_scores_are_taken_on_the_first_of_each_class_that_the_stream_has(tmp_path):
     data = written(tmp_path, 5)
     s = Spec(
@@ -560,6 +564,7 @@ def test_freed_memory_is_given_back():
     assert resident() < before - 200
 
 
+@pytest.mark.slow
 def test_bench_compares_input_and_training(toy):
     s = spec(train_steps=40, eval_every=2, batch_size=6)
     found = bench_stream.stream(s, toy, steps=3, rounds=1)

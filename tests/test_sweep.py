@@ -65,6 +65,7 @@ def trunks(tmp_path_factory):
     return {spec.recipe: folder / spec.recipe for spec in (IMP, PICKED)}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("spec", [IMP, PICKED], ids=lambda spec: spec.recipe)
 def test_a_run_with_a_trunk_ends_as_without_one(spec, trunks, tmp_path):
     recipe, level = experiments.run, "replicate_00/level_00"
@@ -500,6 +501,7 @@ def test_a_trunk_that_another_process_trains_is_waited_for(run_sweep, status):
         assert code == 0 and started == [*trained, "density0.5", "density0.2"]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"status": "finished"}', "[" * 9000, "\xff", "another run's"]
 )

@@ -259,6 +259,7 @@ def test_branch_adds_a_control_to_a_finished_workdir(picked, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_branch_keeps_the_controls_that_there_are(monkeypatch, capsys, tmp_path):
     work = tmp_path / "run"
     words = ["--controls=reinit", "--control_levels=1", f"--workdir={work}"]
@@ -366,6 +367,7 @@ def test_help_has_groups_and_the_main_flags_first(monkeypatch, capsys):
         assert max(map(len, out.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_bench_measures(monkeypatch, capsys):
     words = [
         "train", "--json", "--rounds=1", "--block=20", "--dataset=digits", "--model=lenet_20_10",

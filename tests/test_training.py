@@ -138,7 +138,7 @@ def test_every_optimizer_is_written_out_by_hand():
     assert HAND.keys() == RATES.keys() == set(training.OPTIMIZERS)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name, changes", BY_HAND.values(), ids=BY_HAND)
 def test_loop_equals_a_training_written_out_by_hand(name, changes):
     # Constant rates are powers of 2, since Keras holds them in float32.
@@ -213,6 +213,7 @@ def test_float16_scales_the_loss_and_repeats():
     assert same(first.weights, trainer.train(weights, mask, 0, 20).weights)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("augmentation", ["none", "flip_crop"])
 def test_one_steps_gradient_on_two_replicas(augmentation):
     changes = {"optimizer": "sgd", "learning_rate": 1.0, "train_steps": 1, "eval_every": 1}
