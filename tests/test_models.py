@@ -31,7 +31,8 @@ SHAPES = {"lenet_300_100": (28, 28, 1)}
 # The smallest images.
 SIDES = {
     "conv2": 2, "conv2_dropout": 2, "conv4": 4, "conv4_dropout": 4, "conv6": 8, "conv6_dropout": 8,
-    "lenet5": 16, "lenet5_classic": 16, "vgg11": 16, "vgg13": 16, "vgg16": 16, "vgg19": 16, "imagenet_vgg16": 32,
+    "lenet5": 16, "lenet5_classic": 16, "vgg11": 16, "vgg13": 16, "vgg16": 16, "vgg19": 16,
+    "imagenet_vgg16": 32,
 }  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def sizes(model):
 def test_names():
     assert FIXED == [
         "lenet_300_100", "lenet5", "lenet5_classic", "conv2", "conv2_dropout", "conv4",
-        "conv4_dropout", "conv6", "conv6_dropout", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
-        "imagenet_resnet18", "imagenet_resnet50", "vgg11", "vgg13", "vgg16", "vgg19",
+        "conv4_dropout", "conv6", "conv6_dropout", "resnet20", "resnet32", "resnet44", "resnet56",
+        "resnet110", "imagenet_resnet18", "imagenet_resnet50", "vgg11", "vgg13", "vgg16", "vgg19",
         "imagenet_vgg16",
     ]  # fmt: skip
 
