@@ -79,6 +79,7 @@ def test_a_measurement_asks_for_what_there_is_to_give(name):
     assert asked <= {"spec", "dataset", "data_dir", "steps", "rounds", "tickets"}
 
 
+@pytest.mark.slow
 def test_bench_of_levels(tmp_path, monkeypatch):
     monkeypatch.setattr("lth_tf.bench.levels.DENSITIES", (1.0, 0.2, 0.036))
     small = Spec(

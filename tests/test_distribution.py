@@ -30,7 +30,7 @@ REPLICAS = {1: {}, 2: TWO, 4: FOUR}
 # The same mathematics.
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("communication", ["plain", "packed"])
 def test_float64_losses_of_one_two_and_four_replicas(communication):
     losses = {}

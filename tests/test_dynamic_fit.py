@@ -41,7 +41,7 @@ def fit(model, callback, epochs=2, **options):
     return model.fit(data, epochs=epochs, verbose=0, callbacks=[callback], **options)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [RigL, SET, GraNet, GMP])
 def test_masks_move_and_keep_what_they_are_to(kind):
     model = build("adam")

@@ -572,6 +572,7 @@ def test_jobs_get_their_share_of_the_gpus(run_sweep):
 # From end to end, in processes of their own.
 
 
+@pytest.mark.slow
 def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Two recipes that share a trunk, and a run that fails."""
     for name, own in {
