@@ -117,7 +117,10 @@ class Net:
         self.model = model
         self.nodes: dict[str, _Node] = {}
         self._names = {id(v): name for name, v in pruning.weights(model).items()}
-        found = [(_inner(x), [_inner(f) for f in fs], s) for x, fs, s in inside.calls_of(model)]
+        found = [
+            (pruning.inner_layer(layer), [pruning.inner_layer(f) for f in feeds], shape)
+            for layer, feeds, shape in inside.calls_of(model)
+        ]
         for layer, feeds, shape in found:
             if layer.name in self.nodes:
                 raise ValueError(f"layer {layer.name!r} is called more than once")
@@ -309,10 +312,6 @@ class Part:
 
 def _any(values: np.ndarray, axis: int | tuple[int, int]) -> np.ndarray:
     return np.asarray(values.any(axis))
-
-
-def _inner(layer: Any) -> Any:
-    return layer.layer if isinstance(layer, pruning.MaskedLayer) else layer
 
 
 def _activation(layer: Any) -> str:

@@ -38,7 +38,7 @@ def positions(model: Any) -> dict[str, int]:
     names = {id(v): name for name, v in pruning.kernels(model).items()}
     found = dict.fromkeys(names.values(), 0)
     for layer, _, shape in calls_of(model):
-        inner = layer.layer if isinstance(layer, pruning.MaskedLayer) else layer
+        inner = pruning.inner_layer(layer)
         for variable in own_weights(inner):
             if id(variable) in names:  # a layer that is called twice computes twice
                 found[names[id(variable)]] += math.prod(n or 1 for n in shape[1:-1])

@@ -19,7 +19,7 @@ from lth_tf.masks import Mask
 from lth_tf.pruning.inside import parts, rate_of
 from lth_tf.pruning.slots import slots_for
 
-_SET, _GROWN = 21, 22  # streams of random numbers drawn from a ticket's seed
+_SET = 21  # a stream of random numbers drawn from a ticket's seed
 
 
 class Gradients(Protocol):
@@ -129,7 +129,7 @@ class Mover:
         born = {name: (m != 0) & (mask[name] == 0) for name, m in new.items()}
         self.changed = sum(int(np.count_nonzero(b)) for b in born.values())
         if self.fresh:  # what was dropped and comes back is born as well
-            many = {n: t for n, t in self.targets(step).items()}
+            many = self.targets(step)
             born = {n: (m != 0) & ~self._stayed(mask[n], weights[n], new[n], many[n], step)
                     for n, m in new.items()}  # fmt: skip
         for name, at in born.items():

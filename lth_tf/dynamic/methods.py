@@ -12,8 +12,6 @@ from collections.abc import Callable
 from lth_tf.errors import UserError
 from lth_tf.registry import Registry
 
-GROWTH = ("none", "random", "gradient", "momentum")
-
 
 @dataclasses.dataclass(frozen=True)
 class Method:

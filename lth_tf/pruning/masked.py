@@ -282,6 +282,11 @@ def _masked_loss(inner: functools.partial, mask: Any, kernel: Any) -> Any:
     return loss
 
 
+def inner_layer(layer: Any) -> Any:
+    """Returns the layer in a `MaskedLayer`, which stays as it is, or the layer itself."""
+    return layer.layer if isinstance(layer, MaskedLayer) else layer
+
+
 def wrap(layer: Any, wall: bool = True) -> Any:
     """Returns a layer in a `MaskedLayer`, or itself where it holds no kernels, or is one."""
     if isinstance(layer, MaskedLayer):

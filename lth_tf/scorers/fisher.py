@@ -39,6 +39,19 @@ def squares(
     return {name: t / max(1, count) for name, t in total.items()}
 
 
+def _network(model: Any, kernels: Mapping[str, Any]) -> tuple[Network, dict[str, np.ndarray]]:
+    values = {name: np.asarray(kernel) for name, kernel in kernels.items()}
+    return Network.of(model, batch_norm="eval"), values
+
+
+def _second(
+    network: Network, values: Mapping[str, np.ndarray], batches: Iterable[Batch], loss: Loss
+) -> Scores:
+    """w^2 F / 2."""
+    found = squares(network, values, batches, loss)
+    return {name: np.square(values[name], dtype=np.float64) * f / 2 for name, f in found.items()}
+
+
 def fisher_diag(
     model: Any,
     kernels: Mapping[str, Any],
@@ -64,10 +77,7 @@ def fisher_diag(
     Raises:
       UserError: see `Network.gradient`.
     """
-    network = Network.of(model, batch_norm="eval")
-    values = {name: np.asarray(kernel) for name, kernel in kernels.items()}
-    found = squares(network, values, batches, loss)
-    return {name: np.square(values[name], dtype=np.float64) * f / 2 for name, f in found.items()}
+    return _second(*_network(model, kernels), batches, loss)
 
 
 def fisher_taylor(
@@ -93,8 +103,7 @@ def fisher_taylor(
     Raises:
       UserError: see `Network.gradient`.
     """
-    second = fisher_diag(model, kernels, batches, loss=loss)
-    network = Network.of(model, batch_norm="eval")
-    values = {name: np.asarray(kernel) for name, kernel in kernels.items()}
+    network, values = _network(model, kernels)
+    second = _second(network, values, batches, loss)
     first = network.gradient(values, batches, loss)
     return {name: values[name] * first[name].astype(np.float64) + s for name, s in second.items()}

@@ -88,7 +88,7 @@ def _layers(setup: Setup) -> list[tuple[Any, int]]:
     if not is_chain(setup.model):
         raise ValueError(f"model {setup.model.name!r} is no chain of layers")
     for layer in setup.model.layers:
-        inner = layer.layer if isinstance(layer, pruning.MaskedLayer) else layer
+        inner = pruning.inner_layer(layer)
         kind, what = type(inner), f"layer {inner.name!r} is a {type(inner).__name__}"
         if kind is keras.layers.InputLayer:
             continue
