@@ -370,6 +370,19 @@ class Spec:
     histograms: bool = _field(
         False, "Also write weight histograms for TensorBoard at every evaluation.", role="course"
     )
+    measure: tuple[str, ...] = _field(
+        (),
+        "What else each evaluation measures: gradient_flow, the squared norm of the loss's "
+        "gradient over the kept weights, of the next training batch and of the first one; with "
+        "masks that move also before and after each update.",
+        choices=("gradient_flow",), role="course", later=True,
+    )
+    hessian_at: tuple[int, ...] = _field(
+        (),
+        "Steps at which the largest eigenvalues of the loss's Hessian over the kept weights are "
+        "written to hessian.csv.",
+        role="course", later=True,
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -465,6 +478,11 @@ class Spec:
             raise UserError(
                 f"lr_drops {late} lie behind the end of training; they must be below train_steps "
                 f"({end}): give other drops, or more steps"
+            )
+        if late := [step for step in self.hessian_at if step > end]:
+            raise UserError(
+                f"hessian_at {late} lie behind the end of training; give at most train_steps "
+                f"({end})"
             )
         if self.warmup_steps > end:
             raise UserError(
@@ -618,12 +636,12 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if field.metadata.get("registry") == "recipes":
         RECIPES[value]
     choices = field.metadata.get("choices")
-    if choices and value not in choices:
-        raise UserError(
-            f"unknown {field.name} {value!r}; there are: {', '.join(choices)}."
-            f"{nearest(value, list(choices))}"
-        )
     each = value if isinstance(value, tuple) else (value,)
+    if choices and (unknown := [v for v in each if v not in choices]):
+        raise UserError(
+            f"unknown {field.name} {unknown[0]!r}; there are: {', '.join(choices)}."
+            f"{nearest(unknown[0], list(choices))}"
+        )
     if wanted == "tuple[tuple[str, Any], ...]":
         each = tuple(option for _, option in value)
     if any(isinstance(v, float) and not math.isfinite(v) for v in each):

@@ -26,7 +26,7 @@ from lth_tf import (
     storage,
     training,
 )
-from lth_tf.analysis.summary import columns, read_csv
+from lth_tf.analysis.summary import FLOPS, columns, read_csv
 from lth_tf.errors import UserError
 from lth_tf.experiments import imp, one_shot, plan, workdirs
 from lth_tf.scorers import SCORERS
@@ -159,7 +159,7 @@ def test_replicates_differ(workdir):
 
 def test_summary(workdir):
     rows = read_csv(workdir / "summary.csv")
-    assert tuple(rows[0]) == columns() and len(rows) == 2 * (4 + 1)
+    assert tuple(rows[0]) == columns(given=FLOPS) and len(rows) == 2 * (4 + 1)
     assert rows == json.loads((workdir / "summary.json").read_text())
     row = next(r for r in rows if r["level"] == 2 and r["arm"] == "reinit" and r["replicate"] == 1)
     metrics = read_csv(folder(workdir, 2, 1) / "branch_reinit" / "metrics.csv")
@@ -555,7 +555,7 @@ def test_a_row_that_was_added_to_the_summary_does_not_live_on(workdir, tmp_path)
     shutil.copytree(workdir, work)
     whole = (work / "summary.csv").read_text()
     for text in (
-        whole + "ticket,0,9,0.01,20,0.1,0.99,0.99,40,1.0\n",
+        whole + "ticket,0,9,0.01,20,0.1,0.99,0.99,40,1.0,0.01,0.01\n",
         whole.replace("ticket,0,3,0.5", "ticket,0,3,0.6"),
     ):
         assert text != whole

@@ -90,6 +90,8 @@ RANGES = {
     "regrown": ({}, ("keep", "new"), ("old",)),
     "grow_batch": ({}, ("train", "held_out"), ("test",)),
     "update_trains": ({}, (False, True), ()),
+    "measure": ({}, ((), ("gradient_flow",)), (("flow",), ("gradient_flow", "x"))),
+    "hessian_at": ({}, ((), (0, 100)), ((-1,),)),
 }
 # Their choices are keys of registries, which a spec cannot look up; field -> another choice.
 NAMES = {
@@ -369,6 +371,8 @@ GROWTH = [
     {"levels": 21},
     {"replicates": 5},
     {"histograms": True},
+    {"measure": ("gradient_flow",)},
+    {"hessian_at": (0, 9)},
     {"checkpoint_every": 7},
     {"worker_timeout": 7.0},
     {"controls": ("reinit",)},
@@ -467,7 +471,9 @@ def test_a_field_of_several_recipes_is_in_the_identity_of_each(monkeypatch):
 def test_every_field_has_one_role():
     roles = [fields_of(role=role) for role in ("training", "masks", "course")]
     assert sorted(sum(roles, [])) == sorted(FIELDS)
-    assert set(fields_of(role="course")) == {"checkpoint_every", "worker_timeout", "histograms"}
+    assert set(fields_of(role="course")) == {
+        "checkpoint_every", "worker_timeout", "histograms", "measure", "hessian_at"
+    }  # fmt: skip
 
 
 def test_fields_that_came_later_leave_what_was_written_before_as_it_is():

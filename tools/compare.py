@@ -10,7 +10,7 @@ with edge.importing():
     from lth_tf import experiments, storage
     from lth_tf.analysis import comparison
     from lth_tf.analysis.summary import write_csv
-    from lth_tf.report.comparison import comparison_figure, comparison_table
+    from lth_tf.report.comparison import comparison_figure, comparison_table, flops_table
 
 WORKDIRS = flags.DEFINE_list(
     "workdirs", None, "comma-separated: folders of experiments that differ in how masks are found.",
@@ -27,7 +27,8 @@ def main() -> None:
     with storage.explained(folder, "--output"):
         write_csv(folder / "comparison.csv", list(rows[0]), rows)
         comparison_figure(result, folder / "comparison.png")
-    rich.console.Console().print(comparison_table(result), highlight=False)
+    for table in filter(None, (comparison_table(result), flops_table(result))):
+        rich.console.Console().print(table, highlight=False)
     print(folder / "comparison.png")
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf.analysis.summary import read_summary
+from lth_tf.analysis.summary import FLOPS, read_summary
 from lth_tf.analysis.winning import Point, points
 from lth_tf.errors import UserError
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, fields_of
+
+TRAINING = FLOPS[1]
+TOTAL = "total_flops"  # of the training, and of those that the ticket comes of
 
 NEAR = 0.02  # relative difference below which two densities are the same row
 
@@ -79,7 +82,7 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
         if method in methods:
             raise UserError(f"{str(workdir)!r} is a second workdir of {method}; give one of them")
         rows = points(read_summary(workdir))
-        methods[method] = [p for p in rows if p.level > 0]
+        methods[method] = [_whole(p, rows, spec) for p in rows if p.level > 0]
         for p in rows:
             if p.level == 0 and (dense is None or len(p.replicates) > len(dense.replicates)):
                 dense = p
@@ -98,17 +101,28 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
     return Comparison(first, dense, methods, sorted(common, reverse=True))
 
 
+def _whole(point: Point, points: Sequence[Point], spec: Spec) -> Point:
+    """A point that also tells what it cost to find the ticket and to train it."""
+    before = [p for p in points if p.arm == "ticket" and p.level < point.level]
+    count = [point, *(before if RECIPES[spec.recipe].chained else [])]
+    if not all(TRAINING in p.flops for p in count):
+        return point
+    total = sum(p.flops[TRAINING] for p in count)
+    return dataclasses.replace(point, flops={**point.flops, TOTAL: total})
+
+
 def _near(a: float, b: float) -> bool:
     return abs(a / b - 1) < NEAR
 
 
 def method_of(spec: Spec) -> str:
     """Returns how a spec finds masks and where that is not the usual: 'grasp (rounds 9)'."""
-    usual = Spec(recipe=spec.recipe, scorer=spec.scorer, scope="global")
+    scope = RECIPES[spec.recipe].defaults.get("scope", "global")
+    usual = Spec(recipe=spec.recipe, scorer=spec.scorer, scope=scope)
     changed = [
         f"{name} {getattr(spec, name)}"
         for name in fields_of(role="masks", grows=False, extent=False)
-        if name not in ("recipe", "scorer", "scorer_options")
+        if name not in ("recipe", "scorer", "scorer_options", "method")
         and getattr(spec, name) != getattr(usual, name)
     ]
     changed += [f"{option} {value}" for option, value in spec.scorer_options]
@@ -120,6 +134,7 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Returns a row per method, arm and density: mean and deviation of the metric."""
     listed = [("dense", p) for p in [comparison.dense] if p]
     listed += [(name, p) for name, found in comparison.methods.items() for p in found]
+    known = [n for n in (*FLOPS, TOTAL) if any(n in p.flops for _, p in listed)]
     return [
         {
             "method": name,
@@ -129,6 +144,7 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
             f"test_{p.metric}_end": float(np.mean(p.metric_end)),
             f"test_{p.metric}_end_deviation": deviation(p.metric_end),
             f"test_{p.metric}_early": float(np.mean(p.metric_early)),
+            **{column: p.flops.get(column) for column in known},
         }
         for name, p in listed
     ]

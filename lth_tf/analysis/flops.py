@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lth_tf import pruning
+from lth_tf.analysis.summary import FLOPS
 from lth_tf.dynamic import METHODS
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
@@ -61,7 +62,9 @@ def inference(model: Any, mask: Mask) -> float:
     return kept / sum(each[name] * m.size for name, m in mask.items())
 
 
-def training(spec: Spec, share: float, initial: float | None = None) -> float:
+def training(
+    spec: Spec, share: float, initial: float | None = None, steps: int | None = None
+) -> float:
     """Returns the FLOPs of a ticket's training over those of the dense network's.
 
     A step takes 3 f, where f is `share`. A step that moves the mask by gradient takes 2 f + 1 in
@@ -72,11 +75,11 @@ def training(spec: Spec, share: float, initial: float | None = None) -> float:
       spec: the experiment.
       share: `inference` of the network that training ends with.
       initial: of the one that it begins with, where the density falls.
+      steps: how many it has; by default those of a whole training.
     """
-    first, end = (0, spec.train_steps) if spec.recipe != "imp" else spec.retrain_span
-    steps = end - first
+    steps = spec.train_steps if steps is None else steps
     if not RECIPES[spec.recipe].moves(spec):
-        return 3 * share * steps / (3 * spec.train_steps)
+        return share * steps / spec.train_steps
     course, method = sparse.course(spec), METHODS[spec.method]
     total, f = 0.0, share if initial is None else initial
     for step in range(steps):
@@ -91,3 +94,40 @@ def training(spec: Spec, share: float, initial: float | None = None) -> float:
         if due and initial is not None:
             f = course.density(step, initial, share)
     return total / (3 * spec.train_steps)
+
+
+def published(share: float, every: int) -> float:
+    """Returns the training FLOPs over the dense network's by which RigL's tables go.
+
+    (3 f dT + 2 f + 1) / (3 (dT + 1)): updates until the end, each besides dT steps that train
+    (Evci et al. 2020, appendix H). `training` counts what the loop does.
+
+    Args:
+      share: f, see `inference`.
+      every: dT, steps between updates.
+    """
+    return (3 * share * every + 2 * share + 1) / (3 * (every + 1))
+
+
+def of_training(
+    model: Any, spec: Spec, level: int, first: Mask, last: Mask, steps: int
+) -> dict[str, float]:
+    """Returns what summary.csv tells of a training's FLOPs, nothing where they cannot be counted.
+
+    Args:
+      model: see `positions`.
+      spec: the experiment.
+      level: of the ticket.
+      first, last: kernel name -> 0/1 array, that it begins and ends with; only counts matter.
+      steps: of the training.
+    """
+    if not is_graph_network(model):
+        return {}
+    share = inference(model, last)
+    if level == 0:  # the dense network, whose mask stays
+        all_of_it = share * steps / spec.train_steps
+    else:
+        falls = METHODS[spec.method].falls
+        begins = inference(model, first) if falls else None
+        all_of_it = training(spec, share, begins, steps)
+    return dict(zip(FLOPS, (share, all_of_it), strict=True))

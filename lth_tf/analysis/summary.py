@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,22 @@ from lth_tf.training import states
 Row = dict[str, Any]
 
 
-def columns(metric: str = METRIC) -> tuple[str, ...]:
-    """Returns the columns of summary.csv."""
+# FLOPs over those of the dense network, see `flops`; trainings of before they were counted lack
+# them.
+FLOPS = ("inference_flops", "training_flops")
+
+
+def columns(metric: str = METRIC, given: Iterable[str] = ()) -> tuple[str, ...]:
+    """Returns the columns of summary.csv.
+
+    Args:
+      metric: the task's.
+      given: names among which are those of FLOPS that it has.
+    """
     return (
         "arm", "replicate", "level", "density", "early_stop_step", "validation_loss_min",
         f"test_{metric}_early", f"test_{metric}_end", "steps", "seconds",
+        *(name for name in FLOPS if name in given),
     )  # fmt: skip
 
 
@@ -60,7 +71,7 @@ def early_stop(rows: Sequence[Mapping[str, Any]], settled: int = 0) -> Mapping[s
 
 def summary_row(
     arm: str, replicate: int, level: int, density: float, rows: Sequence[Mapping[str, Any]],
-    settled: int = 0,
+    settled: int = 0, flops: Mapping[str, float] | None = None,
 ) -> Row:  # fmt: skip
     """Returns the summary of one training; see `columns`. Density is a fraction.
 
@@ -70,6 +81,7 @@ def summary_row(
       density: of its mask, 0 to 1.
       rows: its evaluations, in their order; see `Trained`.
       settled: see `early_stop`.
+      flops: of FLOPS what is known.
     """
     best, last, metric = early_stop(rows, settled), rows[-1], metric_of(rows[-1])
     return {
@@ -83,6 +95,7 @@ def summary_row(
         f"test_{metric}_end": last[f"test_{metric}"],
         "steps": last["step"] - rows[0]["step"],
         "seconds": last["seconds"],
+        **(flops or {}),
     }
 
 
@@ -137,7 +150,7 @@ def write_metrics(path: Path, metric: str, rows: Sequence[Mapping[str, Any]]) ->
       metric: the task's.
       rows: see `Trained`.
     """
-    text = _text(states.columns(metric), rows)
+    text = _text(states.columns(metric, rows[0] if rows else ()), rows)
     storage.write(path, text)
     return _digest(text)
 
@@ -161,7 +174,7 @@ def read_metrics(path: Path) -> tuple[list[Row], str]:
         text = Path(path).read_text(encoding="utf-8")
         header, rows = _table(text)
         states.require_rows(rows)
-        storage.require(header == states.columns(metric_of(header)), "other columns")
+        storage.require(header == states.columns(metric_of(header), header), "other columns")
         return rows, _digest(text)
 
 
@@ -171,7 +184,8 @@ def write_summary(workdir: Path, rows: Sequence[Row]) -> None:
         rows, key=lambda r: (r["replicate"], r["level"], r["arm"] != "ticket", r["arm"])
     )
     metric = metric_of(ordered[0] if ordered else ())
-    write_csv(workdir / "summary.csv", columns(metric), ordered)
+    known = {name for row in ordered for name in row}
+    write_csv(workdir / "summary.csv", columns(metric, known), ordered)
     storage.write(workdir / "summary.json", json.dumps(ordered, indent=1) + "\n")
 
 
@@ -200,7 +214,7 @@ def written(workdir: Path) -> list[Row]:
     remedy = "delete it and run the experiment's command again: it is made anew"
     with storage.reading(path, "is damaged", remedy):
         header, rows = _table(path.read_text(encoding="utf-8"))
-        storage.require(header == list(columns(metric_of(header))), "other columns")
+        storage.require(header == list(columns(metric_of(header), header)), "other columns")
         for row in rows:
             arm = isinstance(row["arm"], str) and re.fullmatch(r"\w[\w.-]*", row["arm"])
             storage.require(arm, "a row without an arm")
@@ -209,10 +223,11 @@ def written(workdir: Path) -> list[Row]:
             fits = type(row["density"]) in (int, float) and 0 <= row["density"] <= 1
             storage.require(fits, "a density that is no fraction")
             for name in header[5:]:
-                storage.require(type(row[name]) in (int, float), f"a {name} that is no number")
+                fits = type(row[name]) in (int, float) or (name in FLOPS and row[name] is None)
+                storage.require(fits, f"a {name} that is no number")
         keys = {(row["arm"], row["replicate"], row["level"]) for row in rows}
         storage.require(len(keys) == len(rows), "a training is there twice")
-        return rows
+        return [{n: v for n, v in row.items() if n not in FLOPS or v is not None} for row in rows]
 
 
 def rebuilt(workdir: Path) -> list[Row]:
@@ -244,9 +259,10 @@ def contradicting(workdir: Path, rows: Sequence[Row]) -> str:
             there = folder / "ticket.safetensors"
             settled = _settled(storage.read_about(there)) if there.exists() else 0
             evaluations, _ = read_metrics(folder / "metrics.csv")
-            own = summary_row(*key, row["density"], evaluations, settled)
+            flops = {name: row[name] for name in FLOPS if name in row}
+            own = summary_row(*key, row["density"], evaluations, settled, flops)
         if own != row:
-            names = [name for name in own if own[name] != row.get(name)]
+            names = [name for name in {**own, **row} if own.get(name) != row.get(name)]
             found.append(f"{what}: another {names[0] if names else 'column'}")
     return "; ".join(found[:3]) + (f"; {len(found) - 3} more" if len(found) > 3 else "")
 
@@ -268,7 +284,15 @@ def _row(folder: Path) -> Row | None:
         fits = type(density) in (int, float) and 0 <= density <= 1
         storage.require(fits, "a density that is no fraction")
     settled = _settled(about[ticket])
-    return summary_row(which["arm"], which["replicate"], which["level"], density, rows, settled)
+    key, flops = (which["arm"], which["replicate"], which["level"]), flops_of(about[trained])
+    return summary_row(*key, density, rows, settled, flops)
+
+
+def flops_of(about: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what the metadata of trained weights tell of FLOPs."""
+    told = about.get("flops")
+    found = told if isinstance(told, Mapping) else {}
+    return {name: found[name] for name in FLOPS if storage.is_number(found.get(name))}
 
 
 def _settled(about: Mapping[str, Any]) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lth_tf.analysis.summary import require_rows
+from lth_tf.analysis.summary import FLOPS, require_rows
 from lth_tf.tasks import METRIC, metric_of, task_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """All replicates of one arm at one level; arrays have one entry per replicate."""
+    """All replicates of one arm at one level; arrays have one entry per replicate.
+
+    `flops` has the means of those columns of `summary.FLOPS` that all replicates know.
+    """
 
     arm: str
     level: int
@@ -24,6 +27,7 @@ class Point:
     metric_early: np.ndarray
     metric_end: np.ndarray
     metric: str = METRIC
+    flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 Wins = tuple[tuple[float, int], ...]
@@ -68,7 +72,11 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
         )
         density = float(np.mean([row["density"] for row in group]))
         replicates = tuple(row["replicate"] for row in group)
-        found.append(Point(arm, level, density, replicates, step, early, end, metric))
+        flops = {
+            name: float(np.mean([row[name] for row in group]))
+            for name in FLOPS if all(name in row for row in group)
+        }  # fmt: skip
+        found.append(Point(arm, level, density, replicates, step, early, end, metric, flops))
     return sorted(found, key=lambda p: (p.level, p.arm != "ticket", p.arm))
 
 

@@ -80,7 +80,8 @@ class Moves(keras.callbacks.Callback):
     @property
     def changed(self) -> int:
         """How many weights the last update grew."""
-        return self._mover.changed if self._mover else 0
+        updates = self._mover.updates if self._mover else []
+        return int(updates[-1]["changed"]) if updates else 0
 
     # --- What `fit` calls ---
 

@@ -19,6 +19,12 @@ from lth_tf.masks import Mask
 from lth_tf.pruning.inside import parts, rate_of
 from lth_tf.pruning.slots import slots_for
 
+# What is told of an update, see `Mover`.
+UPDATE = (
+    "step", "density", "fraction", "changed", "explored",
+    "gradient_flow_before", "gradient_flow_after",
+)  # fmt: skip
+
 _SET = 21  # a stream of random numbers drawn from a ticket's seed
 
 
@@ -44,6 +50,38 @@ class Gradients(Protocol):
         ...
 
 
+def gradients_at(
+    source: Gradients, model: Any, step: int, seed: int, held_out: bool = False
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Returns what `Gradients.dense_gradients` does; statistics and counts stay as they are.
+
+    Args:
+      source: of gradients.
+      model: whose they are.
+      step, seed, held_out: see there.
+    """
+    others = [
+        (part, part.numpy())
+        for v in pruning.weights(model).values() if not v.trainable
+        for part in parts(v)
+    ]  # fmt: skip
+    found = source.dense_gradients(step, seed, held_out)
+    for variable, value in others:
+        variable.assign(value)
+    return found
+
+
+def flow(gradients: Mapping[str, np.ndarray], mask: Mask) -> float:
+    """Returns the gradient flow: the sum of g^2 over kept weights (Evci et al. 2022, section 2).
+
+    Args:
+      gradients: kernel name -> array.
+      mask: kernel name -> 0/1 array.
+    """
+    kept = (gradients[name][m != 0].astype(np.float64) for name, m in mask.items())
+    return float(sum(np.dot(g, g) for g in kept))
+
+
 class Mover:
     """Moves the mask of a training.
 
@@ -55,23 +93,29 @@ class Mover:
       trains: whether the step of an update by gradient also trains the weights.
       held_out: whether that gradient is of validation examples.
       seed: of what is drawn.
+      measures: whether each update measures the gradient flow of its step's batch, before and
+        after.
 
     Attributes:
-      ever: kernel name -> bool array, which weights were ever kept; their share is the
-        exploration rate of Liu et al. 2021 ("Do we actually need dense over-parameterization?").
-      changed: weights that the last update grew.
+      ever: kernel name -> bool array, which weights were ever kept.
+      updates: a dict per update: step; density after it; fraction, what of each kernel was to be
+        replaced; changed, how many weights that were not kept before are kept now; explored, the
+        share of weights that were ever kept (R_s of Liu et al. 2021, "Do we actually need dense
+        over-parameterization?"); and where it `measures` gradient_flow_before and
+        gradient_flow_after.
     """
 
     def __init__(
         self, course: Course, final: Mapping[str, int], *,
         drawn: Mapping[str, np.ndarray] | None = None, fresh: bool = False, trains: bool = False,
-        held_out: bool = False, seed: int = 0,
+        held_out: bool = False, seed: int = 0, measures: bool = False,
     ):  # fmt: skip
+        self.measures = measures
         self.course, self.final, self.drawn = course, dict(final), drawn
         self.fresh, self.trains, self.held_out, self.seed = fresh, trains, held_out, seed
         self.method = METHODS[course.method]
         self.ever: dict[str, np.ndarray] = {}
-        self.changed = 0
+        self.updates: list[dict[str, float]] = []
 
     def begin(self, model: Any, optimizer: Any, mask: Mask, source: Gradients) -> None:
         """Takes note of how a training begins.
@@ -85,6 +129,7 @@ class Mover:
         self._model, self._optimizer, self._source = model, optimizer, source
         self._initial = {name: int(np.count_nonzero(m)) for name, m in mask.items()}
         self.ever = {name: m != 0 for name, m in mask.items()}
+        self.updates = []
         for variable in source.average or []:
             variable.assign(np.zeros(variable.shape, variable.dtype.as_numpy_dtype))
 
@@ -121,13 +166,14 @@ class Mover:
         mask = pruning.get_mask(model)
         weights = {name: kernels[name].numpy() for name in mask}
         loss, growth = self._growth(step, seed, mask)
+        flows = [self._flow(step, seed, mask)] if self.measures else []
+        fraction = self.course.fraction(step, self._rate())
         new = move(
             mask, {name: w.astype(np.float64) for name, w in weights.items()}, growth,
-            targets=self.targets(step), fraction=self.course.fraction(step, self._rate()),
-            pooled=self.method.pooled,
+            targets=self.targets(step), fraction=fraction, pooled=self.method.pooled,
         )  # fmt: skip
         born = {name: (m != 0) & (mask[name] == 0) for name, m in new.items()}
-        self.changed = sum(int(np.count_nonzero(b)) for b in born.values())
+        changed = sum(int(np.count_nonzero(b)) for b in born.values())
         if self.fresh:  # what was dropped and comes back is born as well
             many = self.targets(step)
             born = {n: (m != 0) & ~self._stayed(mask[n], weights[n], new[n], many[n], step)
@@ -144,7 +190,15 @@ class Mover:
                 kernels[name].assign(value.astype(weights[name].dtype))
         for name, m in new.items():
             self.ever[name] |= m != 0
+        if self.measures:
+            flows.append(self._flow(step, seed, new))
+        numbers = step, masks.density(new), fraction, changed, self.explored, *flows
+        self.updates.append(dict(zip(UPDATE, numbers, strict=False)))
         return loss
+
+    def _flow(self, step: int, seed: int, mask: Mask) -> float:
+        _, gradients = gradients_at(self._source, self._model, step, seed)
+        return flow(gradients, mask)
 
     def _stayed(
         self, mask: np.ndarray, weights: np.ndarray, new: np.ndarray, target: int, step: int
@@ -174,14 +228,9 @@ class Mover:
             averages = zip(mask, self._source.average or [], strict=True)
             return 0.0, {n: np.abs(v.numpy().astype(np.float64)) for n, v in averages}
         if self.method.grow == "gradient":
-            moved = [
-                (part, part.numpy())
-                for v in pruning.weights(self._model).values() if not v.trainable
-                for part in parts(v)
-            ]  # fmt: skip
-            loss, gradients = self._source.dense_gradients(step, seed, self.held_out)
-            for variable, value in moved:  # statistics and counts are those of training
-                variable.assign(value)
+            loss, gradients = gradients_at(
+                self._source, self._model, step, seed, self.held_out
+            )
             return loss, {
                 name: np.abs(g.astype(np.float64)) for name, g in gradients.items()
             }
@@ -194,7 +243,8 @@ class Mover:
         found = {f"ever:{name}": np.packbits(m) for name, m in self.ever.items()}
         for name, v in zip(self.ever, self._source.average or [], strict=False):
             found[f"average:{name}"] = v.numpy()
-        return found
+        told = [[each.get(name, np.nan) for name in UPDATE] for each in self.updates]
+        return {**found, "updates": np.array(told, np.float64).reshape(-1, len(UPDATE))}
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `state` returned.
@@ -208,6 +258,11 @@ class Mover:
                 self.ever[name] = bits.reshape(m.shape) != 0
             for name, v in zip(self.ever, self._source.average or [], strict=False):
                 v.assign(arrays[f"average:{name}"])
+            told = arrays["updates"] if "updates" in arrays else np.zeros((0, len(UPDATE)))
+            self.updates = [
+                {name: float(x) for name, x in zip(UPDATE, row, strict=True) if x == x}
+                for row in told
+            ]
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(
                 "a checkpoint of a training whose mask moves does not tell how far it is; delete "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     *,
     bytes_per_step: int = 0,
+    more: Iterable[tuple[int, Mapping[str, float]]] = (),
 ) -> None:
     """Writes what `Summaries` would have written of a training that is over, without histograms.
 
@@ -78,15 +79,16 @@ def write(
       mask: kernel name -> 0/1 array.
       rows: the evaluations, the first one before the first step.
       bytes_per_step: see `Summaries`.
+      more: (step, name -> number).
     """
     from tensorboard.summary import Writer  # needs no graph for each number: five times as fast
 
     writer = Writer(os.fspath(log_dir))
     for name, value in _densities(mask, bytes_per_step).items():
         writer.add_scalar(name, value, rows[0]["step"])
-    for row in rows[1:]:
-        for name, value in _numbers(row).items():
-            writer.add_scalar(name, value, row["step"])
+    for step, numbers in [*((row["step"], _numbers(row)) for row in rows[1:]), *more]:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
     writer.flush()  # raises what its thread met, which close does not
     writer.close()
 

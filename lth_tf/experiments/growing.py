@@ -26,9 +26,7 @@ def sown(dense: Ticket, density: Mapping[str, float], level: int) -> Ticket:
       density: kernel name -> fraction kept in the end.
       level: the ticket's number.
     """
-    begins = sparse.initial_density(dense.spec)
-    at = density if begins is None else {n: 1.0 if d == 1 else begins for n, d in density.items()}
-    mask = _drawn(dense, at, level)
+    mask = _drawn(dense, sparse.begins(dense.spec, density), level)
     weights = masks.apply(mask, dense.weights)
     return dataclasses.replace(dense, mask=mask, weights=weights, level=level)
 
@@ -63,6 +61,7 @@ def mover(ticket: Ticket, blueprint: models.Blueprint) -> Mover:
         course(spec), {name: int(m.sum()) for name, m in final.items()}, drawn=drawn,
         fresh=spec.regrown == "new", trains=spec.update_trains,
         held_out=spec.grow_batch == "held_out", seed=seed,
+        measures="gradient_flow" in spec.measure,
     )  # fmt: skip
 
 

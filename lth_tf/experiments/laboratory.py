@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from lth_tf import analysis, datasets, distribute, masks, models, pruning, storage
-from lth_tf.analysis import summary
+from lth_tf.analysis import flops, summary
 from lth_tf.callbacks import Summaries, summaries
 from lth_tf.compat import os_errors
 from lth_tf.datasets import Dataset
 from lth_tf.errors import UserError
 from lth_tf.execution import Decision, Execution
-from lth_tf.experiments import growing, picking, trunk
+from lth_tf.experiments import growing, measured, picking, trunk
 from lth_tf.experiments.branches import branch
 from lth_tf.experiments.plans import plan
+from lth_tf.experiments.spectrum import Spectrum
 from lth_tf.experiments.workdirs import read_training
 from lth_tf.masks import Mask
 from lth_tf.recipes import RECIPES
@@ -200,20 +201,17 @@ class Laboratory:
                 raise type(error)(f"{what}: {error}{more}") from error
             weights, rows = trained.weights, trained.rows
             self.write(lambda: self._save(folder, ticket, trained))
-        density = self._density(folder, ticket)
+        _, (density, counted) = self.workers.share(lambda: ({}, self._about(folder, ticket)))
         settled = RECIPES[self.spec.recipe].settled(self.spec) if ticket.level else 0
-        found = analysis.summary_row(arm, replicate, ticket.level, density, rows, settled)
+        key = arm, replicate, ticket.level
+        found = analysis.summary_row(*key, density, rows, settled, counted)
         self.note(what, found)
         return dict(weights)
 
-    def _density(self, folder: Path, ticket: Ticket) -> float:
-        """The density that a finished training ended with."""
-        if not self._moves(ticket):
-            return ticket.density
-        _, density = self.workers.share(
-            lambda: ({}, storage.read_about(folder / TRAINED).get("density", ticket.density))
-        )
-        return float(density)
+    def _about(self, folder: Path, ticket: Ticket) -> tuple[float, dict[str, float]]:
+        """The density that a finished training ended with, and its FLOPs."""
+        about = storage.read_about(folder / TRAINED)
+        return float(about.get("density", ticket.density)), summary.flops_of(about)
 
     def _moves(self, ticket: Ticket) -> bool:
         """Whether a ticket's mask moves in its training."""
@@ -277,7 +275,10 @@ class Laboratory:
         """Writes TensorBoard logs of evaluations, the first one before the first step or known."""
         with storage.explained(logs), os_errors():
             bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
-            summaries.write(logs, ticket.mask, rows, bytes_per_step=bytes_per_step)
+            summaries.write(
+                logs, ticket.mask, rows, bytes_per_step=bytes_per_step,
+                more=measured.logged(logs.parent, rows[0]["step"], rows[-1]["step"]),
+            )  # fmt: skip
 
     def _train(
         self, folder: Path, ticket: Ticket, start: int, stop: int, capture: int | None, what: str
@@ -297,11 +298,19 @@ class Laboratory:
         bytes_per_step = self.trainer.reduction.bytes(ticket.mask)
         if self.workers.chief and state is None:
             shutil.rmtree(logs, ignore_errors=True)
+            measured.clear(folder)
         live = self.spec.histograms or self.execution.live
         if self.workers.chief and live:
             callbacks.append(
                 Summaries(logs, histograms=self.spec.histograms, bytes_per_step=bytes_per_step)
             )
+        if self.spec.hessian_at:
+            callbacks.append(
+                Spectrum(
+                    folder / measured.HESSIAN, ticket, self.trainer.dataset, self.blueprint,
+                    self.trainer.strategy, self.spec.hessian_at,
+                )
+            )  # fmt: skip
         logged = len(state.rows) - 1 if state else 0
         if self.progress:
             if bytes_per_step:
@@ -322,6 +331,8 @@ class Laboratory:
         def keep(state: State) -> None:
             nonlocal logged
             self.write(lambda: checkpoints.save(folder, state, ticket))
+            if mover:
+                self.write(lambda: measured.write_updates(folder, mover.updates))
             if not live and len(state.rows) - 1 > logged:
                 self.write(lambda: self._log(logs, ticket, list(state.rows[logged:])))
                 logged = len(state.rows) - 1
@@ -341,6 +352,8 @@ class Laboratory:
                 keep=keep,
                 asked=self.asked,
             )
+        if trained.updates:
+            self.write(lambda: measured.write_updates(folder, trained.updates))
         if not live:  # all in one file, whatever a training that was interrupted has left
             self.write(lambda: shutil.rmtree(logs, ignore_errors=True))
             self.write(lambda: self._log(logs, ticket, trained.rows))
@@ -352,7 +365,11 @@ class Laboratory:
         other = trained.decision != Decision()
         decision = trained.decision.told() if other else None
         moved = trained.mask if self._moves(ticket) else None
-        save_trained(folder / TRAINED, trained.weights, ticket, digest, decision, moved)
+        steps = trained.rows[-1]["step"] - trained.rows[0]["step"]
+        told = flops.of_training(
+            self.blueprint.plain, self.spec, ticket.level, ticket.mask, trained.mask, steps
+        )
+        save_trained(folder / TRAINED, trained.weights, ticket, digest, decision, moved, told)
         checkpoints.clear(folder)
 
     def dense(self, replicate: int) -> Ticket:

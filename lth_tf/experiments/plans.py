@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
+import numpy as np
+
 from lth_tf import models, pruning
+from lth_tf.analysis import flops
 from lth_tf.errors import UserError
 from lth_tf.experiments import branches
+from lth_tf.masks import Mask
 from lth_tf.recipes import RECIPES
-from lth_tf.scopes import count
+from lth_tf.scopes import SCOPES, count
 from lth_tf.spec import Spec
 
 
@@ -24,6 +29,8 @@ class Plan:
       controls: level -> names of the branches run there.
       trainings: their number over all replicates, controls included.
       steps: their training steps in total.
+      last: kernel name -> weights kept at the last level; empty where scores decide.
+      flops: what summary.csv will tell of the last level's, where that is known before.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -32,6 +39,8 @@ class Plan:
     controls: dict[int, tuple[str, ...]]
     trainings: int
     steps: int
+    last: dict[str, int] = dataclasses.field(default_factory=dict)
+    flops: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def kept(self, level: int) -> dict[str, int]:
         """Returns how many weights of each kernel a level keeps under layerwise pruning."""
@@ -72,11 +81,19 @@ def plan(
             f"levels 1 to {last}"
         )
     controls = {level: spec.controls for level in levels if spec.controls}
-    first, end = spec.retrain_span
+    begin, end = spec.retrain_span
     dense = recipe.has_dense(spec)
-    fresh = end if spec.retrain == "rewind" else end - first  # a control may have no past
+    fresh = end if spec.retrain == "rewind" else end - begin  # a control may have no past
     extra = sum(len(names) for names in controls.values())
-    steps = dense * spec.train_steps + last * (end - first) + extra * fresh
+    steps = dense * spec.train_steps + last * (end - begin) + extra * fresh
+    mask: Mask = {}
+    told: dict[str, float] = {}
+    if not SCOPES.about(spec.scope).pooled:  # how many weights are kept does not depend on scores
+        equal = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        draw = functools.partial(SCOPES[spec.scope], equal, min_per_layer=spec.min_per_layer)
+        mask, begins = draw(densities[-1]), recipe.begins(spec, densities[-1])
+        first = mask if begins == densities[-1] else draw(begins)
+        told = flops.of_training(model, spec, last, first, mask, end - begin)
     return Plan(
         shapes,
         dict(rates),
@@ -84,4 +101,6 @@ def plan(
         controls,
         (dense + last + extra) * spec.replicates,
         steps * spec.replicates,
+        {name: int(np.count_nonzero(m)) for name, m in mask.items()},
+        told,
     )

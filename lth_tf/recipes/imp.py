@@ -127,4 +127,5 @@ IMP = Recipe(
     target="target_density",
     method=lambda spec: spec.recipe,
     says=_says,
+    chained=True,
 )  # fmt: skip

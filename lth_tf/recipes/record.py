@@ -44,13 +44,12 @@ class Recipe:
       target: the field whose value, if it is the only one, is the last level's density.
       method: (spec) -> what it is called beside other methods.
       has_dense: (spec) -> whether level 0, the dense network, is trained.
-      says: (spec, levels, rounds) -> a sentence for the plan, or None; the latter two are the
-        number of prunings, and in how many rounds the scorer scores.
-      picks: whether masks come from scores of the weights at initialisation, so that a ticket
-        costs something before it is trained, and can be picked by other scores.
+      says: (spec, prunings, rounds of scoring) -> a sentence for the plan, or None.
+      picks: whether masks come from scores of the weights at initialisation.
+      chained: whether a ticket comes of the training of the level before, and costs that, too.
       moves: (spec) -> whether masks move while tickets are trained.
-      settled: (spec) -> the step from which on a ticket has the density that it ends with: only
-        evaluations from there on can be reported.
+      begins: (spec, densities that training ends with) -> those that it begins with.
+      settled: (spec) -> the step from which on a ticket's density, and so its evaluations, count.
       defaults: field -> what its flag has as default, where that is not Spec's.
     """
 
@@ -66,7 +65,9 @@ class Recipe:
     has_dense: Callable[[Any], bool] = lambda spec: True
     says: Callable[[Any, int, int], str | None] = lambda spec, levels, rounds: None
     picks: bool = False
+    chained: bool = False
     moves: Callable[[Any], bool] = lambda spec: False
+    begins: Callable[[Any, Any], Any] = lambda spec, densities: densities
     settled: Callable[[Any], int] = lambda spec: 0
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -58,6 +58,17 @@ def initial_density(spec: Any) -> float | None:
     return method.initial if spec.initial_density is None else spec.initial_density
 
 
+def begins(spec: Any, densities: Mapping[str, float]) -> dict[str, float]:
+    """Returns the densities that a training begins with, kernel name -> density.
+
+    Args:
+      spec: the experiment.
+      densities: those that it ends with.
+    """
+    at = initial_density(spec)
+    return {name: d if d == 1 or at is None else at for name, d in densities.items()}
+
+
 def levels(
     spec: Any, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]
 ) -> Levels:
@@ -116,6 +127,7 @@ SPARSE = Recipe(
     method=lambda spec: spec.method,
     has_dense=lambda spec: spec.dense,
     says=_says,
+    begins=begins,
     settled=lambda spec: course(spec).last + 1 if METHODS[spec.method].falls else 0,
     moves=lambda spec: METHODS[spec.method].moves,
     defaults={"scope": "erk"},

@@ -8,7 +8,8 @@ from pathlib import Path
 import rich.box
 from rich.table import Table
 
-from lth_tf.analysis.comparison import Comparison, deviation, rows
+from lth_tf.analysis.comparison import TOTAL, Comparison, deviation, rows
+from lth_tf.analysis.summary import FLOPS
 from lth_tf.analysis.winning import Point
 from lth_tf.report.figure import density_axis, save
 from lth_tf.report.tables import ARMS
@@ -42,6 +43,38 @@ def comparison_table(found: Comparison) -> Table:
         for arm in dict.fromkeys(p.arm for p in points):
             cells = [_cell(found.at(method, arm, d)) for d in found.densities]
             table.add_row(method if arm == "ticket" else "", ARMS.get(arm, arm), *cells)
+    return table
+
+
+def flops_table(found: Comparison) -> Table | None:
+    """Returns the metric beside the FLOPs of each method's tickets, None where these are unknown.
+
+    FLOPs are those over the dense network's; a ticket of magnitude pruning costs the trainings that
+    it comes of, too.
+    """
+    lines = [
+        (found.densities.index(d), method, point)
+        for d in found.densities for method in found.methods
+        if (point := found.at(method, "ticket", d)) and TOTAL in point.flops
+    ]  # fmt: skip
+    if not lines:
+        return None
+    title = f"test {found.metric} and FLOPs over those of the dense network"
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD)
+    table.add_column("density", justify="right")
+    table.add_column("method")
+    for column in ("inference", "training", "with finding", f"test {found.metric}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if found.dense:
+        table.add_row("", "dense", "1", "1", "1", _cell(found.dense))
+    last = None
+    for i, method, point in sorted(lines, key=lambda line: (line[0], line[2].flops[TOTAL])):
+        if i != last:
+            table.add_section()
+        each = [f"{point.flops[name]:.3g}" for name in (*FLOPS, TOTAL)]
+        shown = f"{found.densities[i]:.4g}" if i != last else ""
+        table.add_row(shown, method, *each, _cell(point))
+        last = i
     return table
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from lth_tf.analysis.summary import FLOPS
 from lth_tf.analysis.winning import Point, Winning, Wins, points
 from lth_tf.experiments import Plan, picking
 from lth_tf.recipes import RECIPES
@@ -38,9 +39,8 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
     removed = ["removed per level"] if plan.rates else []
     for column in ("kernel", "shape", "weights", *removed, "kept at the last level"):
         table.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
-    sizes, last = plan.kept(0), plan.kept(len(plan.densities) - 1)
-    if spec.scope == "layerwise":
-        last = {n: max(k, min(spec.min_per_layer, sizes[n])) for n, k in last.items()}
+    sizes, last = plan.kept(0), plan.last
+    if last:
         left = sum(last.values())
     else:
         exact = sum((Fraction(d) * sizes[n] for n, d in plan.densities[-1].items()), Fraction())
@@ -48,7 +48,7 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
     for name, shape in plan.shapes.items():
         whole = plan.densities[-1][name] == 1 and len(plan.densities) > 1
         rate = [f"{plan.rates[name]:.4g}" if plan.rates[name] else "protected"] if removed else []
-        kept = f"{last[name]:,}" if spec.scope == "layerwise" else "all" if whole else "by rank"
+        kept = f"{last[name]:,}" if last else "all" if whole else "by rank"
         table.add_row(name, " x ".join(map(str, shape)), f"{sizes[name]:,}", *rate, kept)
     total = sum(sizes.values())
     table.add_section()
@@ -62,6 +62,12 @@ def plan_tables(plan: Plan, spec: Spec, score_only: bool = False) -> Iterator[An
     if score_only:
         yield f"{each * spec.replicates} tickets; nothing is trained"
         return
+    if plan.flops:
+        inference, training = (plan.flops[name] for name in FLOPS)
+        yield (
+            f"FLOPs over those of the dense network at the last level: inference {inference:.3g}, "
+            f"training {training:.3g}"
+        )
     yield (
         f"{plan.trainings} trainings: {spec.replicates} replicate(s) of {each} "
         f"level(s) and {controls} control(s); {plan.steps:,} steps in all"

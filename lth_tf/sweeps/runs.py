@@ -193,7 +193,7 @@ def write_index(workdir: Path) -> None:
             run, rows, about = _told(workdir, path.parent)
             lines += [about | row for row in rows] or [about]
             runs.append({**run, "results": rows})
-        results = dict.fromkeys(name for line in lines for name in columns(metric_of(line)))
+        results = dict.fromkeys(n for line in lines for n in columns(metric_of(line), line))
         write_csv(workdir / "index.csv", [*ABOUT, *(results or columns()), "error"], lines)
         storage.write(workdir / "index.json", json.dumps(runs, indent=1) + "\n")
 

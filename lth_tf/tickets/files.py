@@ -100,6 +100,7 @@ def _whole(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> Tic
 def save_trained(
     path: Path, weights: Mapping[str, np.ndarray], ticket: Ticket, metrics: str | None = None,
     decision: Mapping[str, Any] | None = None, mask: Mask | None = None,
+    flops: Mapping[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Writes the weights that a ticket's training ended with.
 
@@ -110,6 +111,7 @@ def save_trained(
       metrics: the digest of the training's metrics.csv, see `analysis.summary`.
       decision: how they were computed, where it was not by the graph of all weights.
       mask: kernel name -> 0/1 array, where it ended with another than the ticket's.
+      flops: what the summary tells of them.
 
     Raises:
       UserError: the file cannot be written.
@@ -127,6 +129,7 @@ def save_trained(
             **({} if metrics is None else {"metrics": metrics}),
             **({"decision": dict(decision)} if decision else {}),
             **({"density": masks.density(mask)} if mask else {}),
+            **({"flops": dict(flops)} if flops else {}),
         },
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,11 @@ class Trained:
       rows: a dict per evaluation: step, loss (mean over the steps since the last
         evaluation), validation and test loss and metric (None where the test part
         was not looked at), learning_rate, seconds since the beginning (of evaluations that
-        were done in one call spread evenly, for nobody knows).
+        were done in one call spread evenly, for nobody knows); and what of MEASURED was asked for.
       captured: the weights at the step asked for, or None.
       mask: kernel name -> 0/1 array, the one in force at the end.
       decision: how it was computed.
+      updates: a dict per update of the mask, see `moving.Mover`.
     """
 
     weights: Weights
@@ -77,18 +78,33 @@ class Trained:
     captured: Weights | None
     mask: Mask
     decision: Decision = Decision()
+    updates: Sequence[dict[str, float]] = ()
 
 
-def columns(metric: str) -> list[str]:
-    """Returns what an evaluation says, in the order of metrics.csv."""
+# What an evaluation says besides, where it was asked for (`Spec.measure`).
+MEASURED = ("gradient_flow", "gradient_flow_fixed")
+
+
+def columns(metric: str, given: Iterable[str] = ()) -> list[str]:
+    """Returns what an evaluation says, in the order of metrics.csv.
+
+    >>> columns("accuracy", ["gradient_flow"])[-3:]
+    ['learning_rate', 'gradient_flow', 'seconds']
+
+    Args:
+      metric: the task's.
+      given: names among which are those of MEASURED that it says.
+    """
     each = [f"{part}_{name}" for part in ("validation", "test") for name in ("loss", metric)]
-    return ["step", "loss", *each, "learning_rate", "seconds"]
+    given = set(given)
+    measured = [name for name in MEASURED if name in given]
+    return ["step", "loss", *each, "learning_rate", *measured, "seconds"]
 
 
 def require_rows(rows: Any) -> None:
     """Raises ValueError unless these can be the evaluations of one training, in their order."""
     storage.require(isinstance(rows, (list, tuple)) and rows, "it has no evaluations")
-    names = columns(metric_of(rows[0]))
+    names = columns(metric_of(rows[0]), rows[0])
     for i, row in enumerate(rows):
         storage.require(sorted(row) == sorted(names), "an evaluation has other columns")
         before = rows[i - 1] if i else None
@@ -98,6 +114,9 @@ def require_rows(rows: Any) -> None:
             storage.require(storage.is_number(row[name]), f"{name} at step {row['step']}")
         storage.require(row["seconds"] >= 0, f"seconds at step {row['step']}")
         storage.require(i or row["loss"] is None, "a loss before the first step")
+        for name in names[7:-1]:
+            told = row[name] is None or storage.is_number(row[name])
+            storage.require(told, f"{name} at step {row['step']}")
         for name in (names[3], names[5]):
             told = type(row[name]) in (int, float) or (name == names[5] and row[name] is None)
             storage.require(told, f"{name} at step {row['step']}")

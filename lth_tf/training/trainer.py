@@ -12,7 +12,7 @@ import numpy as np
 
 from lth_tf import datasets, distribute, models, pruning, schedules
 from lth_tf.callbacks import Rewind
-from lth_tf.callbacks.moving import Mover
+from lth_tf.callbacks.moving import Mover, flow, gradients_at
 from lth_tf.compat import keras
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.errors import UserError
@@ -42,7 +42,7 @@ class _Course:
     seed: int
     hooks: Any
     mover: Mover | None
-    looked_at: bool  # whether callbacks look at variables, or change them
+    looked_at: bool  # whether somebody looks at variables at boundaries, or changes them
     boundaries: Callable[[int], Iterable[int | None]]  # step -> later ones that others need
     keep: Callable[[State], None] | None
     asked: Callable[[], bool]
@@ -115,6 +115,7 @@ class Trainer:
             self.optimizer.build(self.model.trainable_variables)
         pruning.require_maskable(self.optimizer)
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
+        self._measures = "gradient_flow" in spec.measure
         self._averaged = [v for v in self.model.variables if distribute.is_own(v)]
         self._pace, self._mask_number = _PACE, -1
         self.setup = Setup(
@@ -195,12 +196,13 @@ class Trainer:
         if mover:
             mover.begin(self.model, self.optimizer, mask, self.engines.of(Decision()))
         course = _Course(
-            State(start, start, 0.0, [], 0.0, decision=decision.told()), stop, seed,
-            hooks, mover, any(getattr(each, "looks", True) for each in callbacks),
+            State(start, start, 0.0, [], 0.0, decision=decision.told()), stop, seed, hooks, mover,
+            self._measures or any(getattr(each, "looks", True) for each in callbacks),
             lambda step: [capture, *(ask(step) for ask in asking)], keep, asked, began,
         )  # fmt: skip
         if state:
-            course.state = dataclasses.replace(state, rows=list(state.rows))
+            rows = [self._in_columns(row) for row in state.rows]
+            course.state = dataclasses.replace(state, rows=rows)
             course.began -= state.seconds
             states.restore(state, self.model, self.optimizer, self.strategy)
             if mover:
@@ -218,7 +220,8 @@ class Trainer:
         hooks.on_train_end()
         values = {name: v.numpy() for name, v in pruning.weights(self.model).items()}
         rows = list(course.state.rows)
-        return Trained(values, rows, rewind.captured, pruning.get_mask(self.model), decision)
+        mask, updates = pruning.get_mask(self.model), mover.updates if mover else []
+        return Trained(values, rows, rewind.captured, mask, decision, updates)
 
     def _take_over(self) -> None:
         """Has the engine go on from the variables, under the mask in force."""
@@ -413,10 +416,29 @@ class Trainer:
         if last or all(validation_loss < r["validation_loss"] for r in counted):
             seen = bool(found) and not math.isnan(found[3])
             row["test_loss"], row[f"test_{metric}"] = found[2:4] if seen else self.evaluate("test")
+        if self._measures:
+            row |= self._flows(course)
         row["seconds"] = found[4] if found else course.seconds()
         rows.append(row)
         if loss is not None:
             self._tell(course, "on_epoch_end", len(rows) - 2, dict(row))
+
+    def _flows(self, course: _Course) -> dict[str, float]:
+        """The gradient flow now, of the next step's batch and of the first step's."""
+        source, mask = self.engines.of(Decision()), pruning.get_mask(self.model)
+        self.engine.sync()
+        first = course.state.rows[0]["step"] if course.state.rows else course.state.step
+        values = (
+            flow(gradients_at(source, self.model, step, course.seed)[1], mask)
+            for step in (course.state.step, first)
+        )
+        return dict(zip(states.MEASURED, values, strict=True))
+
+    def _in_columns(self, row: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation of before a training was asked to measure more, or less."""
+        others = {name: v for name, v in row.items() if name not in states.MEASURED}
+        wanted = states.MEASURED if self._measures else ()
+        return others | {name: row.get(name) for name in wanted}
 
     def _rate_at(self, step: int | None) -> float:
         """The learning rate now, or at a step."""
