@@ -17,7 +17,6 @@ from lth_tf.dynamic import METHODS, Course, move
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
 from lth_tf.pruning.inside import parts, rate_of
-from lth_tf.pruning.slots import slots_for
 
 # What is told of an update, see `Mover`.
 UPDATE = (
@@ -169,8 +168,8 @@ class Mover:
         flows = [self._flow(step, seed, mask)] if self.measures else []
         fraction = self.course.fraction(step, self._rate())
         new = move(
-            mask, {name: w.astype(np.float64) for name, w in weights.items()}, growth,
-            targets=self.targets(step), fraction=fraction, pooled=self.method.pooled,
+            mask, weights, growth, targets=self.targets(step), fraction=fraction,
+            pooled=self.method.pooled,
         )  # fmt: skip
         born = {name: (m != 0) & (mask[name] == 0) for name, m in new.items()}
         changed = sum(int(np.count_nonzero(b)) for b in born.values())
@@ -178,12 +177,8 @@ class Mover:
             many = self.targets(step)
             born = {n: (m != 0) & ~self._stayed(mask[n], weights[n], new[n], many[n], step)
                     for n, m in new.items()}  # fmt: skip
-        for name, at in born.items():
-            for slot in slots_for(optimizer, kernels[name]):
-                slot.assign(np.where(at, 0, slot.numpy()))
-            weights[name] = np.where(at, 0, weights[name])
-            kernels[name].assign(weights[name])
-        pruning.set_mask(model, new, optimizer)
+        staying = {name: m & ~born[name] for name, m in new.items()}
+        pruning.set_mask(model, new, optimizer, staying=staying)
         if self.drawn is not None:
             for name, at in born.items():
                 value = np.where(at, self.drawn[name], kernels[name].numpy())
@@ -204,7 +199,7 @@ class Mover:
         self, mask: np.ndarray, weights: np.ndarray, new: np.ndarray, target: int, step: int
     ) -> np.ndarray:
         """Which weights an update did not even drop."""
-        sizes = {"": np.abs(weights.astype(np.float64))}
+        sizes = {"": weights}
         many = int(self.course.fraction(step, self._rate()) * target + 1e-9)
         return move({"": mask}, sizes, None, targets={"": target - many})[""] != 0
 
@@ -226,14 +221,12 @@ class Mover:
             return 0.0, {name: rng.random(m.shape) for name, m in mask.items()}
         if self.method.grow == "momentum":
             averages = zip(mask, self._source.average or [], strict=True)
-            return 0.0, {n: np.abs(v.numpy().astype(np.float64)) for n, v in averages}
+            return 0.0, {n: np.abs(v.numpy()) for n, v in averages}
         if self.method.grow == "gradient":
             loss, gradients = gradients_at(
                 self._source, self._model, step, seed, self.held_out
             )
-            return loss, {
-                name: np.abs(g.astype(np.float64)) for name, g in gradients.items()
-            }
+            return loss, {name: np.abs(g) for name, g in gradients.items()}
         return 0.0, None
 
     # --- Checkpoints ---

@@ -29,7 +29,6 @@ from lth_tf.pruning.rewrap import rewrap
 from lth_tf.pruning.slots import (
     create_slots,
     inner_optimizer,
-    probe,
     require_maskable,
     slots_for,
 )
@@ -192,7 +191,9 @@ def get_mask(model: Any) -> Mask:
     return {w.name: (w.masks[0].numpy() != 0).astype(np.uint8) for w in _masked(model)}
 
 
-def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
+def set_mask(
+    model: Any, mask: Any, optimizer: Any = None, *, staying: Mask | None = None
+) -> None:
     """Puts a mask in force: sets it, and zeroes the pruned weights and their slots.
 
     Args:
@@ -202,6 +203,7 @@ def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
       optimizer: whose slots to zero (default: those that the model has, as its compiled
         one and as attributes). They need not exist yet: of other optimizers, and where
         the model is compiled later, slots are zeroed in the first step.
+      staying: kernel name -> array, 0 where a kept weight and its slots start at zero, too.
 
     Raises:
       UserError: the model is not pruned, the names, shapes or values do not fit, or
@@ -210,20 +212,21 @@ def set_mask(model: Any, mask: Any, optimizer: Any = None) -> None:
     found, mask = _masked(model), getattr(mask, "mask", mask)
     fit(mask, {w.name: tuple(w.variable.shape) for w in found}, "mask")
     for name, m in mask.items():
-        if not np.isin(m, (0, 1)).all():
+        m = np.asarray(m)
+        if m.max(initial=0) > 1 if m.dtype == np.uint8 else not np.isin(m, (0, 1)).all():
             raise UserError(f"the mask of {name!r} holds values other than 0 and 1")
     optimizers = optimizers_of(model) if optimizer is None else [optimizer]
     several = len(optimizers_of(model)) > 1  # each trains a part, which is not known yet
     for each in optimizers:
-        require_maskable(each)
-        if not several and not probe(each).clean:  # slots that do not start at 0
+        if not require_maskable(each).clean and not several:  # slots that do not start at 0
             create_slots(each, model)
     for w in found:
         for variable in w.masks:
             variable.assign(np.asarray(mask[w.name], variable.dtype.as_numpy_dtype))
         slots = [slot for each in optimizers for slot in slots_for(each, w.variable)]
+        stays = w.masks[0] if staying is None else tf.constant(staying[w.name])
         for variable in (w.variable, *slots):
-            variable.assign(select(w.masks[0], variable))
+            variable.assign(select(stays, variable))
     for layer in _masked_layers(model):
         layer.put_up_walls()
         layer.note()

@@ -98,13 +98,19 @@ def is_built(optimizer: Any) -> bool:
     return bool(inside.is_built(inner))
 
 
-def require_maskable(optimizer: Any) -> None:
-    """Raises UserError if a masked weight does not stay 0.0 under this optimizer."""
-    if not probe(optimizer).survives:
+def require_maskable(optimizer: Any) -> Probe:
+    """Returns what an optimizer does to a weight that is pruned.
+
+    Raises:
+      UserError: such a weight does not stay 0.0 under it.
+    """
+    found = probe(optimizer)
+    if not found.survives:
         raise UserError(
             f"optimizer {type(inner_optimizer(optimizer)).__name__} does not keep a pruned weight "
             "at 0.0: its state does not survive masking; use adam, adamw, sgd, momentum or nesterov"
         )
+    return found
 
 
 class Probe(NamedTuple):
