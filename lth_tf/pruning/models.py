@@ -191,9 +191,7 @@ def get_mask(model: Any) -> Mask:
     return {w.name: (w.masks[0].numpy() != 0).astype(np.uint8) for w in _masked(model)}
 
 
-def set_mask(
-    model: Any, mask: Any, optimizer: Any = None, *, staying: Mask | None = None
-) -> None:
+def set_mask(model: Any, mask: Any, optimizer: Any = None, *, staying: Any = None) -> None:
     """Puts a mask in force: sets it, and zeroes the pruned weights and their slots.
 
     Args:
@@ -211,8 +209,7 @@ def set_mask(
     """
     found, mask = _masked(model), getattr(mask, "mask", mask)
     fit(mask, {w.name: tuple(w.variable.shape) for w in found}, "mask")
-    for name, m in mask.items():
-        m = np.asarray(m)
+    for name, m in ((name, np.asarray(m)) for name, m in mask.items()):
         if m.max(initial=0) > 1 if m.dtype == np.uint8 else not np.isin(m, (0, 1)).all():
             raise UserError(f"the mask of {name!r} holds values other than 0 and 1")
     optimizers = optimizers_of(model) if optimizer is None else [optimizer]
