@@ -15,6 +15,7 @@ import rich.console
 from lth_tf import datasets, distribute, edge, experiments, models, report
 from lth_tf.callbacks.progress import Progress
 from lth_tf.errors import UserError
+from lth_tf.models.small import matched
 from lth_tf.spec import Spec
 
 
@@ -37,7 +38,7 @@ def run(
       plan_only: stop after the plan.
       jobs: how many processes train side by side, or 'auto'.
       threads: for each operation of a training; None: see `experiments.take_threads`.
-      **options: the recipe's, e.g. score_only, trunk.
+      **options: the recipe's, e.g. score_only, trunk, small_dense.
     """
     console = rich.console.Console()
     if spec.distribute != "multi_worker" or plan_only:
@@ -78,7 +79,7 @@ def _run(
     threads: int | None,
     workers: distribute.Workers | None = None,
 ) -> None:
-    work = None if workdir is None else edge.folder(workdir)
+    options, work = dict(options), None if workdir is None else edge.folder(workdir)
     if options.get("trunk") is not None:
         options = {**options, "trunk": edge.folder(options["trunk"])}
     if not plan_only:
@@ -91,6 +92,10 @@ def _run(
         spec = distribute.resolve(spec)
         work = work or _folder(spec)
 
+    small = options.pop("small_dense", None)
+    if small is not None and workdir is None:
+        raise UserError("small_dense needs --workdir: the network's name is not known before")
+
     @functools.cache
     def load() -> Any:
         return datasets.load(spec.dataset, data_dir)
@@ -100,6 +105,10 @@ def _run(
         data = workers.agree(load)
     else:
         data = load()
+    if small is not None:
+        none: dict[str, Any] = {"levels": 0, "target_density": None, "controls": ()}
+        spec = dataclasses.replace(spec, **none, control_levels=())
+        spec = matched(spec, data.input_shape, data.classes, small)
     blueprint = models.Blueprint(spec, data.input_shape, data.classes)
     planned = experiments.plan(spec, data.input_shape, data.classes, blueprint)
     for part in report.plan_tables(planned, spec, options.get("score_only", False)):

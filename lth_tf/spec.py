@@ -138,6 +138,12 @@ class Spec:
         "(eval) while scoring (auto: train for grasp, eval for snip).",
         choices=("auto", "train", "eval")
     )
+    warm_batch_norm: bool = _field(
+        False,
+        "Give batch normalisation the statistics of the examples that are scored on before "
+        "moving ones are used for scoring: a network as initialised has none.",
+        later=True,
+    )
     score_loss: str = _field(
         "cross_entropy", "Loss that snip and grasp score with.", registry="losses"
     )

@@ -12,8 +12,10 @@ from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.execution import Execution
 from lth_tf.experiments import measured, spectrum
-from lth_tf.report.comparison import flops_table
-from lth_tf.spec import Spec
+from lth_tf.models import plain_model
+from lth_tf.models.small import matched, narrower
+from lth_tf.report.comparison import comparison_table, flops_table
+from lth_tf.spec import Spec, fields_of
 from lth_tf.training import Interrupted, Trainer, feeds, states
 from tests.test_dynamic import began
 from tests.test_dynamic import spec as moving
@@ -295,3 +297,52 @@ def test_a_summary_of_before_flops_were_counted_is_read_and_goes_on(tmp_path):
     summary.write_summary(tmp_path, [row, more])
     assert summary.read_summary(tmp_path) == [row, more]
     assert flops_table(comparison.Comparison(Spec(), None, {}, [])) is None
+
+
+# --- Small dense networks ---
+
+
+@pytest.mark.parametrize(
+    ("name", "density"),
+    [("lenet_300_100", 0.02), ("lenet5_classic", 0.05), ("lenet5", 0.01), ("resnet20", 0.2)],
+)
+def test_a_small_dense_network_has_as_many_weights(name, density):
+    s = Spec(model=name)
+    shape = (32, 32, 3) if "resnet" in name else (28, 28, 1)
+    one = matched(s, shape, 10, density)
+    sizes = [
+        sum(int(np.prod(v.shape)) for v in pruning.kernels(plain_model(x, shape, 10, 0)).values())
+        for x in (one, s)
+    ]
+    assert sizes[0] / sizes[1] == pytest.approx(density, rel=0.04)
+    changed = {n for n, v in one.as_dict().items() if v != s.as_dict()[n]}
+    assert changed == ({"width"} if "resnet" in name else {"model"})
+
+
+def test_models_of_one_size_and_shares_that_are_none_are_refused():
+    with pytest.raises(UserError, match="'conv2' comes in one size"):
+        matched(Spec(model="conv2"), (32, 32, 3), 10, 0.5)
+    with pytest.raises(UserError, match="small_dense 1 is out of range"):
+        matched(Spec(), (28, 28, 1), 10, 1.0)
+    assert narrower(Spec(model="lenet5"), 0.1).model == "lenet5_2_5_50"
+
+
+def test_a_small_dense_network_stands_beside_methods(tmp_path):
+    s = moving(density=(0.3,), train_steps=10, update_every=3)
+    experiments.run(s, tmp_path / "rigl", DIGITS)
+    shared = {n: getattr(s, n) for n in fields_of(role="training")}
+    dense = Spec(**shared, levels=0)
+    dense = dataclasses.replace(dense, model="lenet_4_3")
+    experiments.run(dense, tmp_path / "small", DIGITS)
+    pairs = [(tmp_path / "rigl", s)], [(tmp_path / "small", dense)]
+    found = comparison.compare(*pairs)
+    (point,) = found.small.values()
+    share = (64 * 4 + 4 * 3 + 3 * 10) / (64 * 12 + 12 * 9 + 9 * 10)
+    assert point.density == pytest.approx(share)
+    assert point.flops["inference_flops"] == pytest.approx(share)
+    assert list(found.small) == ["small dense (lenet_4_3)"]
+    assert "small dense (lenet_4_3)" in [*comparison_table(found).columns[0].cells]
+    assert "small dense (lenet_4_3)" in [*flops_table(found).columns[1].cells]
+    other = dataclasses.replace(dense, train_steps=9)
+    with pytest.raises(UserError, match="differ in train_steps"):
+        comparison.compare(pairs[0], [(tmp_path / "small", other)])

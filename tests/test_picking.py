@@ -12,6 +12,7 @@ from lth_tf.datasets import Dataset, scaling
 from lth_tf.datasets.stream import Shard, Streamed
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
+from lth_tf.models import statistics
 from lth_tf.recipes import one_shot
 from lth_tf.recipes.record import protected
 from lth_tf.scopes import SCOPES, count
@@ -374,7 +375,9 @@ CHANGES = {
     "normalization": ({}, {"normalization": "l2"}),
 }
 # The last but one below, in a network that has it; the last where a scorer has other options.
-ELSEWHERE = {"density", "dense", "score_batch_norm", "scorer_options", "sparse_init"}
+ELSEWHERE = {
+    "density", "dense", "score_batch_norm", "warm_batch_norm", "scorer_options", "sparse_init",
+}  # fmt: skip
 
 
 def test_scoring_images_are_augmented_black_around_whatever_the_micro_batches():
@@ -427,6 +430,35 @@ def test_batch_norm_mode_reaches_the_scorer(thin_norm):
     assert by_default.origin["scoring"]["batch_norm"] == "eval"
     assert train.origin["scoring"]["batch_norm"] == "train"
     assert 0.1 < masks.overlap(by_default.mask, train.mask) < 0.9
+
+
+def test_batch_norm_is_warmed_up_for_scoring_alone(thin_norm):
+    thin = spec(scorer="snip", model=thin_norm, precision="float64")
+    warm = dataclasses.replace(thin, warm_batch_norm=True)
+    assert 0.1 < masks.overlap(pick(thin).mask, pick(warm).mask) < 1
+    model, data = plain_model(warm, (8, 8, 1), 10, 0), picking.batches(warm, DIGITS, 0)
+    norm, before = model.get_layer("norm"), [v.numpy() for v in model.variables]
+    inputs = [x for x, _ in data] * 2
+    inputs[1] = 2 * inputs[1]
+    with statistics.anew(model, inputs):
+        convolved = [model.get_layer("conv")(x).numpy() for x in inputs]
+        mean = np.mean([c.mean((0, 1, 2)) for c in convolved], 0)
+        np.testing.assert_allclose(norm.moving_mean.numpy(), mean, rtol=1e-9, atol=1e-12)
+        variance = np.mean([c.var((0, 1, 2)) for c in convolved], 0)
+        np.testing.assert_allclose(norm.moving_variance.numpy(), variance, rtol=1e-2)
+        found = score(model, "snip", data, **picking.options(warm, 0))
+    assert all(np.array_equal(v.numpy(), b) for v, b in zip(model.variables, before, strict=True))
+    assert norm.momentum != 0 and len(inputs) == 2
+    with statistics.anew(model, [data[0][0]]):
+        found = score(model, "snip", data, **picking.options(warm, 0))
+    assert same(pick(warm).mask, SCOPES["global"](found, 0.2, min_per_layer=0))
+    for changes, said in (
+        ({"scorer": "synflow"}, "looks at no examples"),
+        ({"scorer": "grasp"}, "statistics of each batch are used"),
+        ({"model": "lenet_12_9"}, "'lenet_12_9' has no batch normalisation"),
+    ):
+        with pytest.raises(UserError, match=f"warm_batch_norm has no effect: .*{said}"):
+            pick(dataclasses.replace(warm, **changes))
 
 
 @pytest.mark.parametrize("scorer", ["grasp", "snip"])

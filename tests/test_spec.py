@@ -41,6 +41,7 @@ RANGES = {
     "output_std": ({}, (None, 0.01, 1), (0, -0.1)),
     "adam_epsilon": ({}, (1e-8, 1), (0, -1e-8)),
     "score_batch_norm": ({}, ("auto", "train", "eval"), ("batch", "")),
+    "warm_batch_norm": ({}, (False, True), ()),
     "temperature": ({"scorer": "grasp"}, (1e-3, 1, 200.0), (0, 0.0, -1)),
     "grasp_variant": ({"scorer": "grasp"}, ("paper", "official", "absolute"), ("code", "")),
     "snip_variant": ({"scorer": "snip"}, ("paper", "official"), ("absolute", "")),

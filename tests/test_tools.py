@@ -357,7 +357,7 @@ def test_help_has_groups_and_the_main_flags_first(monkeypatch, capsys):
         scorers = set(lth_tf.flags.scorer_flags()) if name == "one_shot" else set()
         assert len(names) == len(set(names)) and fields <= set(names) <= fields | scorers | {
             "preset", "compression", "workdir", "data_dir", "trunk", "plan", "score_only", "engine",
-            "compact_training", "jobs", "threads", "live",
+            "compact_training", "jobs", "threads", "live", "small_dense",
         }  # fmt: skip
         first = {title: flag for (title, _), (_, flag) in zip(found, found[1:], strict=False)}
         assert [first[t] for t in titles] == [

@@ -16,13 +16,20 @@ WORKDIRS = flags.DEFINE_list(
     "workdirs", None, "comma-separated: folders of experiments that differ in how masks are found.",
     required=True,
 )  # fmt: skip
+SMALL = flags.DEFINE_list(
+    "small_dense", [], "comma-separated: folders of lth-imp --small_dense, to stand beside them."
+)
 OUTPUT = flags.DEFINE_string("output", None, "Folder for comparison.csv and .png.", required=True)
 
 
 def main() -> None:
     """Reads, tabulates and draws."""
-    workdirs, folder = [edge.folder(w) for w in WORKDIRS.value], edge.folder(OUTPUT.value)
-    result = comparison.compare([(work, experiments.read_spec(work)) for work in workdirs])
+    folder = edge.folder(OUTPUT.value)
+    workdirs, small = (
+        [(edge.folder(w), experiments.read_spec(edge.folder(w))) for w in each.value]
+        for each in (WORKDIRS, SMALL)
+    )
+    result = comparison.compare(workdirs, small)
     rows = comparison.rows(result)
     with storage.explained(folder, "--output"):
         write_csv(folder / "comparison.csv", list(rows[0]), rows)

@@ -29,6 +29,9 @@ def experiment(recipe: str) -> Callable[[], None]:
     plan = flags.DEFINE_bool("plan", False, "Print what would be done, and stop.")
     if record.picks:
         flags.DEFINE_bool("score_only", False, "Write the tickets, and stop.")
+    if "levels" in record.fields:
+        said = "Train instead of tickets a narrow dense network with this share of the weights."
+        flags.DEFINE_float("small_dense", None, said)
 
     def main() -> None:
         spec = lth_tf.flags.spec_from_flags(recipe)
@@ -39,6 +42,8 @@ def experiment(recipe: str) -> Callable[[], None]:
         }  # fmt: skip
         if record.picks:
             options["score_only"] = flags.FLAGS.score_only
+        if "levels" in record.fields:
+            options["small_dense"] = flags.FLAGS.small_dense
         command.run(spec, data_dir.value, workdir.value, **options)
 
     return lambda: lth_tf.flags.run(main, f"{record.tool}: masks from {record.help}.")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lth_tf import pruning, storage
+from lth_tf.analysis import flops
 from lth_tf.analysis.summary import FLOPS, read_summary
 from lth_tf.analysis.winning import Point, points
 from lth_tf.errors import UserError
+from lth_tf.models import plain_model
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec, fields_of
 
@@ -30,12 +34,14 @@ class Comparison:
       dense: the dense network, or None where no workdir trained it.
       methods: method ('grasp', ..., 'imp') -> its points, dense left out.
       densities: where all methods have tickets, from the highest on.
+      small: small dense networks: name -> their point, whose density is their share of the weights.
     """
 
     spec: Spec
     dense: Point | None
     methods: dict[str, list[Point]]
     densities: list[float]
+    small: dict[str, Point] = dataclasses.field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -56,11 +62,14 @@ class Comparison:
         return None
 
 
-def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
+def compare(
+    found: Sequence[tuple[Path, Spec]], small: Sequence[tuple[Path, Spec]] = ()
+) -> Comparison:
     """Returns what workdirs say about the same network, data, training and seeds.
 
     Args:
       found: (workdir, its spec).
+      small: the same of dense networks of other sizes, trained alike.
 
     Raises:
       UserError: they differ in more than how masks are found, two use the same method,
@@ -72,12 +81,7 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
     methods: dict[str, list[Point]] = {}
     dense: Point | None = None
     for workdir, spec in found:
-        shared = fields_of(role="training", grows=False)
-        if differing := [n for n in shared if getattr(spec, n) != getattr(first, n)]:
-            raise UserError(
-                f"{str(workdir)!r} cannot be compared with {str(found[0][0])!r}: they differ in "
-                + ", ".join(f"{n} ({getattr(spec, n)}, {getattr(first, n)})" for n in differing)
-            )
+        _require_alike(workdir, spec, *found[0])
         method = method_of(spec)
         if method in methods:
             raise UserError(f"{str(workdir)!r} is a second workdir of {method}; give one of them")
@@ -98,7 +102,44 @@ def compare(found: Sequence[tuple[Path, Spec]]) -> Comparison:
             for method, found in zip(methods, tickets, strict=True)
         )
         raise UserError(f"there is no density at which all have tickets ({listed})")
-    return Comparison(first, dense, methods, sorted(common, reverse=True))
+    others = {}
+    for workdir, spec in small:
+        _require_alike(workdir, spec, *found[0], but=("model", "width"))
+        changed = [spec.model] + ([f"width {spec.width:g}"] if spec.width != first.width else [])
+        others[f"small dense ({', '.join(changed)})"] = _small(workdir, spec, first)
+    return Comparison(first, dense, methods, sorted(common, reverse=True), others)
+
+
+def _require_alike(
+    workdir: Path, spec: Spec, other: Path, first: Spec, but: Sequence[str] = ()
+) -> None:
+    """Raises UserError where two workdirs differ in what, and how, is trained."""
+    shared = [name for name in fields_of(role="training", grows=False) if name not in but]
+    if differing := [n for n in shared if getattr(spec, n) != getattr(first, n)]:
+        raise UserError(
+            f"{str(workdir)!r} cannot be compared with {str(other)!r}: they differ in "
+            + ", ".join(f"{n} ({getattr(spec, n)}, {getattr(first, n)})" for n in differing)
+        )
+
+
+def _small(workdir: Path, spec: Spec, whole: Spec) -> Point:
+    """A small network's point, by its weights and FLOPs over those of the whole one."""
+    found = [p for p in points(read_summary(workdir)) if p.level == 0]
+    if not found:
+        raise UserError(
+            f"{str(workdir)!r} has no dense network; make one with lth-imp --small_dense"
+        )
+    ticket = Path(workdir) / "replicate_00" / "level_00" / "ticket.safetensors"
+    origin = storage.read_about(ticket)["origin"]
+    size, each = [], []
+    for one in (spec, whole):
+        model = plain_model(one, tuple(origin["input_shape"]), origin["classes"], 0)
+        weights = {name: math.prod(v.shape) for name, v in pruning.kernels(model).items()}
+        size.append(sum(weights.values()))
+        each.append(sum(n * weights[name] for name, n in flops.positions(model).items()))
+    cost = each[0] / each[1]
+    told = dict.fromkeys((*FLOPS, TOTAL), cost)
+    return dataclasses.replace(found[0], density=size[0] / size[1], flops=told)
 
 
 def _whole(point: Point, points: Sequence[Point], spec: Spec) -> Point:
@@ -134,6 +175,7 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Returns a row per method, arm and density: mean and deviation of the metric."""
     listed = [("dense", p) for p in [comparison.dense] if p]
     listed += [(name, p) for name, found in comparison.methods.items() for p in found]
+    listed += found_small(comparison)
     known = [n for n in (*FLOPS, TOTAL) if any(n in p.flops for _, p in listed)]
     return [
         {
@@ -148,6 +190,11 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
         }
         for name, p in listed
     ]
+
+
+def found_small(comparison: Comparison) -> list[tuple[str, Point]]:
+    """Returns the small dense networks, the largest first."""
+    return sorted(comparison.small.items(), key=lambda one: -one[1].density)
 
 
 def deviation(values: np.ndarray) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed, scaling
 from lth_tf.datasets.augmentation import augment
 from lth_tf.errors import UserError
-from lth_tf.models import plain_model
+from lth_tf.models import plain_model, statistics
 from lth_tf.scorers import LOSSES, SCORERS, field_of, looks_at_data, one_shot_mask, options_of
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
@@ -157,6 +158,21 @@ def rounds(spec: Spec) -> int:
     return spec.rounds or SCORERS.about(spec.scorer).rounds
 
 
+def _require_warm(spec: Spec, chosen: Mapping[str, Any], model: Any) -> None:
+    """Raises UserError where statistics are to be warmed up that nobody looks at."""
+    if not spec.warm_batch_norm:
+        return
+    if not looks_at_data(spec.scorer):
+        why = f"--scorer={spec.scorer} looks at no examples"
+    elif chosen.get("batch_norm") == "train":
+        why = "statistics of each batch are used for scoring; give --score_batch_norm=eval"
+    elif not statistics.normalised(model):
+        why = f"model {spec.model!r} has no batch normalisation"
+    else:
+        return
+    raise UserError(f"warm_batch_norm has no effect: {why}")
+
+
 def pick(
     dense: Ticket,
     dataset: Dataset | Streamed,
@@ -186,18 +202,21 @@ def pick(
         scoring |= {"samples": sum(map(len, data.labels)), "batch_size": len(data.labels[0])}
         if "batch_norm" in chosen:
             scoring["batch_norm"] = chosen["batch_norm"]
-    mask = one_shot_mask(
-        model,
-        spec.scorer,
-        data,
-        density=density,
-        scope=spec.scope,
-        rounds=spec.rounds,
-        schedule=spec.round_schedule,
-        min_per_layer=spec.min_per_layer,
-        transform=transform,
-        **chosen,
-    )
+    _require_warm(spec, chosen, model)
+    warm = statistics.anew(model, (x for x, _ in data or ()))
+    with warm if spec.warm_batch_norm else contextlib.nullcontext():
+        mask = one_shot_mask(
+            model,
+            spec.scorer,
+            data,
+            density=density,
+            scope=spec.scope,
+            rounds=spec.rounds,
+            schedule=spec.round_schedule,
+            min_per_layer=spec.min_per_layer,
+            transform=transform,
+            **chosen,
+        )
     return dataclasses.replace(
         dense,
         mask=mask,

@@ -186,23 +186,26 @@ def _lenet(units: list[int]) -> Builder:
 
 
 def _family(name: str) -> Builder | None:
-    """Any 'lenet_A_B_...', 'lenet5_A_B_C_D' or 'wrn_D_K'."""
+    """Any 'lenet_A_B_...', 'lenet5_A_B_C_...' or 'wrn_D_K'."""
     if re.fullmatch(r"lenet(_[1-9]\d*)+", name):
         return _lenet([parts.countable(int(n)) for n in name.split("_")[1:]])
-    if re.fullmatch(r"lenet5(_[1-9]\d*){4}", name):
-        return _classic([parts.countable(int(n)) for n in name.split("_")[1:]])
+    if re.fullmatch(r"lenet5(_[1-9]\d*){3,}", name):
+        sizes = [parts.countable(int(n)) for n in name.split("_")[1:]]
+        return _lenet5(sizes, "LeCun et al. 1998, with ReLUs")
     return wrn.family(name)
 
 
 # What others need to know: the sides of the smallest image that it takes (None: it takes inputs of
-# any shape), and another model that is made of the same blocks, but of fewer.
+# any shape), another model that is made of the same blocks, but of fewer, and its name in a family
+# whose names tell sizes.
 MODELS: Registry[Builder] = Registry(
-    "model", _family, ("lenet_A_B_...", "lenet5_A_B_C_D", "wrn_D_K"), smallest=None, like=None
-)
+    "model", _family, ("lenet_A_B_...", "lenet5_A_B_C_...", "wrn_D_K"),
+    smallest=None, like=None, sized=None,
+)  # fmt: skip
 
 
 def register(
-    name: str, *, smallest: int | None = None, like: str | None = None
+    name: str, *, smallest: int | None = None, like: str | None = None, sized: str | None = None
 ) -> Callable[[Builder], Builder]:
     """Decorator that enters a builder in MODELS.
 
@@ -211,18 +214,19 @@ def register(
       smallest: the model takes images only, with sides of at least so many pixels; others are
         refused.
       like: a model that is made of the same blocks, but of fewer.
+      sized: its name in a family whose names tell sizes.
     """
 
     def enter(builder: Builder) -> Builder:
         if smallest is None:
-            return MODELS.register(name, like=like)(builder)
+            return MODELS.register(name, like=like, sized=sized)(builder)
 
         @functools.wraps(builder)
         def checked(input_shape: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
             require_images(name, input_shape, smallest)
             return builder(input_shape, *arguments, **options)
 
-        return MODELS.register(name, smallest=smallest, like=like)(checked)
+        return MODELS.register(name, smallest=smallest, like=like, sized=sized)(checked)
 
     return enter
 
@@ -230,41 +234,11 @@ def register(
 register("lenet_300_100")(_lenet([300, 100]))
 
 
-@register("lenet5", smallest=16)
-def lenet5(
-    input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
-) -> Any:
-    """Two 5x5 convolutions of 20 and 50 filters with max-pools, a dense layer of 500.
-
-    "LeNet-5-Caffe" of the pruning papers (Lee et al. 2019, section 5.1): 431,080
-    parameters on 28x28 images, 430,500 of them weights of kernels.
-    """
-    inits = initialisers(init, seed)
-    layers: list[Any] = [keras.Input(input_shape)]
-    for i, filters in enumerate((20, 50)):
-        layers += [
-            keras.layers.Conv2D(
-                filters,
-                5,
-                activation="relu",
-                kernel_initializer=next(inits),
-                name=f"conv{i + 1}",
-            ),
-            keras.layers.MaxPooling2D(name=f"pool{i + 1}"),
-        ]
-    layers += [
-        keras.layers.Flatten(name="flatten"),
-        keras.layers.Dense(500, activation="relu", kernel_initializer=next(inits), name="fc1"),
-        keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"),
-    ]
-    return keras.Sequential(layers, name="lenet5")
-
-
-def _classic(sizes: list[int]) -> Builder:
+def _lenet5(sizes: list[int], about: str) -> Builder:
     def build(
         input_shape: tuple[int, ...], classes: int, seed: int, *, init: str = "glorot_normal"
     ) -> Any:
-        require_images("lenet5_A_B_C_D", input_shape, 16)
+        require_images("lenet5_A_B_...", input_shape, 16)
         inits = initialisers(init, seed)
         layers: list[Any] = [keras.Input(input_shape)]
         for i, filters in enumerate(sizes[:2], 1):
@@ -282,16 +256,23 @@ def _classic(sizes: list[int]) -> Builder:
                 )
             )
         layers.append(keras.layers.Dense(classes, kernel_initializer=next(inits), name="output"))
-        return keras.Sequential(layers, name="lenet5_classic")
+        return keras.Sequential(layers, name="lenet5")
 
+    dense = " and ".join(map(str, sizes[2:]))
     build.__doc__ = (
         f"Two 5x5 convolutions of {sizes[0]} and {sizes[1]} filters with max-pools, dense layers "
-        f"of {sizes[2]} and {sizes[3]} (LeCun et al. 1998, with ReLUs; Evci et al. 2022)."
+        f"of {dense} ({about})."
     )
     return build
 
 
-register("lenet5_classic", smallest=16)(_classic([6, 16, 120, 84]))
+register("lenet5", smallest=16, sized="lenet5_20_50_500")(
+    # 431,080 parameters on 28x28 images, 430,500 of them weights of kernels.
+    _lenet5([20, 50, 500], "LeNet-5-Caffe of the pruning papers: Lee et al. 2019, section 5.1")
+)
+register("lenet5_classic", smallest=16, sized="lenet5_6_16_120_84")(
+    _lenet5([6, 16, 120, 84], "LeCun et al. 1998, with ReLUs; Evci et al. 2022")
+)
 
 
 def _conv(blocks: list[int], dropout: float) -> Builder:

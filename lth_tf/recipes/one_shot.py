@@ -99,9 +99,9 @@ ONE_SHOT = Recipe(
     module="one_shot",
     help="weights at initialisation",
     fields=(
-        "density", "scorer", "scorer_options", "rounds", "round_schedule", "samples_per_class",
-        "score_batch_size", "score_batch_norm", "score_loss", "score_augmentation",
-        "temperature", "grasp_variant", "snip_variant", "min_per_layer", "sparse_init", "dense",
+        "density", "dense", "scorer", "scorer_options", "rounds", "round_schedule", "temperature",
+        "score_batch_size", "score_batch_norm", "warm_batch_norm", "score_loss", "sparse_init",
+        "score_augmentation", "samples_per_class", "grasp_variant", "snip_variant", "min_per_layer",
     ),
     levels=levels,
     steps=steps,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import rich.box
 from rich.table import Table
 
-from lth_tf.analysis.comparison import TOTAL, Comparison, deviation, rows
+from lth_tf.analysis.comparison import TOTAL, Comparison, deviation, found_small, rows
 from lth_tf.analysis.summary import FLOPS
 from lth_tf.analysis.winning import Point
 from lth_tf.report.figure import density_axis, save
 from lth_tf.report.tables import ARMS
 from lth_tf.tasks import task_of
+
+SIMILAR = 0.2  # by how much the sizes of networks in a column differ at most
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = {
@@ -43,6 +46,12 @@ def comparison_table(found: Comparison) -> Table:
         for arm in dict.fromkeys(p.arm for p in points):
             cells = [_cell(found.at(method, arm, d)) for d in found.densities]
             table.add_row(method if arm == "ticket" else "", ARMS.get(arm, arm), *cells)
+    if found.small:
+        table.add_section()
+    for name, point in found_small(found):
+        near = min(found.densities, key=lambda d: abs(math.log(d / point.density)))
+        shown = _cell(point) if abs(math.log(near / point.density)) < SIMILAR else ""
+        table.add_row(name, "", *[shown if d == near else "" for d in found.densities])
     return table
 
 
@@ -67,6 +76,9 @@ def flops_table(found: Comparison) -> Table | None:
         table.add_column(column, justify="right", no_wrap=True)
     if found.dense:
         table.add_row("", "dense", "1", "1", "1", _cell(found.dense))
+    for name, point in found_small(found):
+        cost = [f"{point.flops[column]:.3g}" for column in (*FLOPS, TOTAL)]
+        table.add_row(f"{point.density:.4g}", name, *cost, _cell(point))
     last = None
     for i, method, point in sorted(lines, key=lambda line: (line[0], line[2].flops[TOTAL])):
         if i != last:
