@@ -110,6 +110,7 @@ def _run(
         spec = dataclasses.replace(spec, **none, control_levels=())
         spec = matched(spec, data.input_shape, data.classes, small)
     blueprint = models.Blueprint(spec, data.input_shape, data.classes)
+    models.require_fit(spec, blueprint.plain, data)
     planned = experiments.plan(spec, data.input_shape, data.classes, blueprint)
     for part in report.plan_tables(planned, spec, options.get("score_only", False)):
         console.print(part, highlight=False)

@@ -315,8 +315,8 @@ class Spec:
     )
     compile: str = _field(
         "auto",
-        "XLA: auto compiles on GPUs, and on CPUs networks without convolutions (those would be "
-        "slower); nothing where several replicas share a batch.",
+        "XLA: auto compiles on GPUs, and on CPUs networks without convolutions and recurrent "
+        "layers (those would be slower); nothing where several replicas share a batch.",
         choices=("auto", "on", "off"),
     )
     sync_batch_norm: bool = _field(

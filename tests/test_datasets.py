@@ -141,7 +141,8 @@ def assert_moments(data: datasets.Dataset, tolerance: float) -> None:
 
 def test_names():
     assert list(datasets.DATASETS) == [
-        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet2012",
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet",
+        "tiny_shakespeare", "imagenet2012",
     ]  # fmt: skip
     with pytest.raises(UserError, match="unknown data set 'minst'.*Did you mean 'mnist'"):
         datasets.load("minst")

@@ -160,18 +160,20 @@ class Watcher(keras.callbacks.Callback):
         self.masks[batch] = pruning.get_mask(self.model)
 
 
-def began(s, level=1):
+def began(s, level=1, inputs=((8, 8, 1), 10)):
     """A trainer, a ticket and its mover."""
     trainer = Trainer(s, DIGITS)
     weights = {n: v.numpy() for n, v in pruning.weights(trainer.model).items()}
     shapes = {n: tuple(v.shape) for n, v in pruning.kernels(trainer.model).items()}
-    origin = {"seed": 3, "replicate": 0, "arm": "ticket", "input_shape": [8, 8, 1], "classes": 10}
+    shape, classes = inputs
+    origin = {"seed": 3, "replicate": 0, "arm": "ticket"}
+    origin |= {"input_shape": list(shape), "classes": classes}
     dense = tickets.Ticket(masks.ones(shapes), weights, 0, 0, origin, s)
     density = sparse.levels(s, shapes, {}).densities[level]
     ticket = growing.sown(dense, density, level)
     from lth_tf.models import Blueprint
 
-    mover = growing.mover(ticket, Blueprint(s, (8, 8, 1), 10)) if METHODS[s.method].moves else None
+    mover = growing.mover(ticket, Blueprint(s, shape, classes)) if METHODS[s.method].moves else None
     return trainer, ticket, mover
 
 

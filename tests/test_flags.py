@@ -37,6 +37,7 @@ SHAPES = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
     "fashion_mnist": ((28, 28, 1), 10),
+    "tiny_shakespeare": ((64,), 65),
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
     "tiny_imagenet": ((64, 64, 3), 200),

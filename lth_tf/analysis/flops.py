@@ -14,10 +14,11 @@ import numpy as np
 
 from lth_tf import pruning
 from lth_tf.analysis.summary import FLOPS
+from lth_tf.compat import keras
 from lth_tf.dynamic import METHODS
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.pruning.inside import calls_of, is_graph_network, own_weights
+from lth_tf.pruning.inside import calls_of, is_graph_network, layers_within, own_weights
 from lth_tf.recipes import RECIPES, sparse
 from lth_tf.spec import Spec
 
@@ -40,9 +41,10 @@ def positions(model: Any) -> dict[str, int]:
     found = dict.fromkeys(names.values(), 0)
     for layer, _, shape in calls_of(model):
         inner = pruning.inner_layer(layer)
-        for variable in own_weights(inner):
+        for variable in (v for part in layers_within(inner) for v in own_weights(part)):
             if id(variable) in names:  # a layer that is called twice computes twice
-                found[names[id(variable)]] += math.prod(n or 1 for n in shape[1:-1])
+                steps = inner.input_shape[1:2] if isinstance(inner, keras.layers.RNN) else ()
+                found[names[id(variable)]] += math.prod(n or 1 for n in steps or shape[1:-1])
     return found
 
 

@@ -19,7 +19,8 @@ def connected(model: Any, mask: Mask) -> Mask:
 
     In a network of non-negative weights without biases, whose activations and
     normalisations are left out and whose max-pools average, w * dR/dw is positive exactly
-    where an input reaches w and w reaches an output. Weights are the mask's, each kernel
+    where an input reaches w and w reaches an output. Gates of recurrent layers are added up, where
+    they multiply; embeddings put out ones. Weights are the mask's, each kernel
     divided by its largest number of inputs, so that nothing overflows.
 
     Args:
@@ -35,6 +36,10 @@ def connected(model: Any, mask: Mask) -> Mask:
             fixed.append((layer, "call", passed_on))
         elif isinstance(layer, keras.layers.MaxPooling2D):
             fixed.append((layer, "call", _averaged(layer)))
+        elif isinstance(layer, keras.layers.Embedding):
+            fixed.append((layer, "call", _looked_up(layer)))
+        elif isinstance(layer, keras.layers.RNN) and hasattr(layer.cell, "recurrent_kernel"):
+            fixed.append((layer, "call", _recurrent(layer)))
         elif callable(getattr(layer, "activation", None)):
             fixed.append((layer, "activation", keras.activations.linear))
     network = Network(
@@ -75,6 +80,28 @@ _NORMALIZATION = (
     keras.layers.GroupNormalization,
     keras.layers.LayerNormalization,
 )
+
+
+def _looked_up(layer: Any) -> Callable[[Any], Any]:
+    return lambda inputs: tf.ones([*inputs.shape, layer.output_dim], tf.float64)
+
+
+def _recurrent(layer: Any) -> Callable[..., Any]:
+    def call(inputs: Any, mask: Any = None, training: Any = None, initial_state: Any = None) -> Any:
+        units = layer.cell.units
+        gates = layer.cell.kernel.shape[-1] // units
+        kernel, recurrent = (
+            tf.reduce_sum(tf.reshape(k, [-1, gates, units]), 1) / (2 * gates)
+            for k in (layer.cell.kernel, layer.cell.recurrent_kernel)
+        )
+        state = tf.zeros([inputs.shape[0], units], inputs.dtype)
+        states = []
+        for x in tf.unstack(inputs, axis=1):
+            state = x @ kernel + state @ recurrent
+            states.append(state)
+        return tf.stack(states, 1) if layer.return_sequences else state
+
+    return call
 
 
 def _averaged(layer: Any) -> Callable[[Any], Any]:

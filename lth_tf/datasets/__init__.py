@@ -28,7 +28,7 @@ class Dataset:
       train_inputs, test_inputs: [n, ...]: images as uint8 [n, height, width, channels], or
         floats, or integers of another type, see `scaling.scaled`.
       train_labels, test_labels: what the task makes of them; for classification integers [n] or
-        [n, 1], 0 to classes - 1, which become int32 [n].
+        [n, 1], 0 to classes - 1, which become int32 [n]; for language integers [n, t].
       classes: how many numbers a network puts out.
       mean, std: along the last axis, of the training inputs; of images as pixels from 0 to 1.
       task: what a network is trained for, a key of `tasks.TASKS`.
@@ -155,6 +155,38 @@ def tiny(data_dir: str | None = None) -> Dataset:
         mean=(0.4802, 0.4481, 0.3975),
         std=(0.2770, 0.2691, 0.2821),
     )
+
+
+LENGTH = 64  # characters of an example of tiny_shakespeare
+
+
+@DATASETS.register("tiny_shakespeare")
+def tiny_shakespeare(data_dir: str | None = None) -> Dataset:
+    """16,556 + 871 pieces of 64 characters of Shakespeare's plays (Karpathy, 2015).
+
+    The task is 'language': what follows each character. Characters are numbered in the order of
+    their codes, the 65 of the whole text; pieces follow each other without overlap. The training
+    part is the text that tensorflow-datasets has for training, then that for validation.
+    """
+    texts = tfds.texts("tiny_shakespeare", data_dir)
+    alphabet = np.unique(np.concatenate(list(texts.values())))
+    pieces = {name: _pieces(np.searchsorted(alphabet, text)) for name, text in texts.items()}
+    inputs, labels = (
+        np.concatenate([pieces[name][i] for name in ("train", "validation")]) for i in range(2)
+    )
+    return Dataset(
+        "tiny_shakespeare", inputs, labels, *pieces["test"], classes=len(alphabet), mean=(0.0,),
+        std=(1.0,), task="language",
+    )  # fmt: skip
+
+
+def _pieces(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels int32 [n, LENGTH] of a text, each label the number after its input."""
+    n = (len(numbers) - 1) // LENGTH
+    inputs, labels = (
+        numbers[first : first + n * LENGTH].reshape(n, LENGTH).astype(np.int32) for first in (0, 1)
+    )
+    return inputs, labels
 
 
 @DATASETS.register("imagenet2012")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lth_tf.errors import UserError
+from lth_tf.tasks import TASKS
 
 
 def checked(dataset: Any) -> dict[str, np.ndarray]:
@@ -29,8 +30,8 @@ def checked(dataset: Any) -> dict[str, np.ndarray]:
                 f"data set {name!r} has {len(inputs):,} {part} inputs and {labels.size:,} labels; "
                 "give as many of both"
             )
-        if dataset.task == "classification":
-            labels = _classes(name, part, labels, dataset.classes)
+        if task := TASKS.get(dataset.task):
+            labels = task.checked(name, part, labels, dataset.classes, inputs.shape)
         parts += [inputs, labels]
     train, train_labels, test, test_labels = parts
     if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
@@ -65,27 +66,6 @@ def _array(name: str, part: str, given: Any) -> np.ndarray:
             f"{bad}; leave such examples out"
         )
     return inputs
-
-
-def _classes(name: str, part: str, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Labels of classes, int32 [n]."""
-    if classes < 2:
-        raise UserError(f"data set {name!r} has {classes} class(es); a network needs two or more")
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "ui":
-        raise UserError(
-            f"data set {name!r} has {part} labels of shape {list(labels.shape)} and type "
-            f"{labels.dtype}; give one whole number for each example, from 0 to {classes - 1}"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        bad = low if low < 0 else high
-        raise UserError(
-            f"data set {name!r} has the {part} label {bad}; with {classes} classes they go from 0 "
-            f"to {classes - 1}"
-        )
-    return labels.astype(np.int32, copy=False)
 
 
 def _require_moments(dataset: Any, train: np.ndarray) -> None:

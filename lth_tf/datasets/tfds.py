@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,6 +23,7 @@ from lth_tf.datasets.stream import Shard
 from lth_tf.errors import UserError, brief
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+TEXTS = ("train", "validation", "test")
 INFO = "dataset_info.json"  # tfds writes it last: a version folder that has it is finished
 DECODING = b"1"  # part of the cache's key: change it whenever decode() gives other arrays
 
@@ -43,6 +44,29 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
     Raises:
       UserError: not in the folder and not to be downloaded, or not readable.
     """
+    return _cached(name, data_dir, ARRAYS, decode)
+
+
+def texts(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the text of each split of a data set with the feature text.
+
+    Args:
+      name: as tensorflow-datasets calls it.
+      data_dir: see `resolve`.
+
+    Returns:
+      TEXTS -> uint8 [n], the bytes of all examples of the split in their order.
+
+    Raises:
+      UserError: not in the folder and not to be downloaded, or not readable.
+    """
+    return _cached(name, data_dir, TEXTS, read_texts)
+
+
+def _cached(
+    name: str, data_dir: str | None, names: tuple[str, ...], read: Callable[..., dict]
+) -> dict[str, np.ndarray]:
+    """What is read of a prepared data set, kept for the next time."""
     folder = resolve(data_dir)
     version = prepared(folder / name)
     if version is None:
@@ -57,9 +81,9 @@ def arrays(name: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
         records = sorted(p for p in source.iterdir() if p.is_file())
         about = DECODING, os.fsencode(source.resolve()), info
         path = cache.folder() / f"{name}-{version}-{cache.key(*about, files=records)}.npz"
-    found = cache.read(path, ARRAYS)
+    found = cache.read(path, names)
     if found is None:
-        found = decode(source)
+        found = read(source)
         cache.write(path, found)
     return found
 
@@ -145,11 +169,39 @@ def decode(source: pathlib.Path) -> dict[str, np.ndarray]:
             found[f"{split}_images"] = images.numpy()
             found[f"{split}_labels"] = labels.numpy().astype(np.int32)
     except Exception as error:  # a damaged dataset_info.json raises anything
-        raise UserError(
-            f"the data in {source} cannot be read ({brief(error)}); delete that folder and "
-            f"prepare or copy it again"
-        ) from error
+        raise _unreadable(source, error) from error
     return found
+
+
+@_quiet()
+def read_texts(source: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns TEXTS from a folder of prepared records, without network.
+
+    Raises:
+      UserError: records are missing or damaged.
+    """
+    from lth_tf.compat import tf  # before tfds, as above
+
+    import tensorflow_datasets as tfds  # isort: skip
+
+    found = {}
+    try:
+        builder = tfds.builder_from_directory(source)
+        for split in TEXTS:
+            with tf.device("cpu:0"):
+                examples = list(builder.as_dataset(split=split, shuffle_files=False))
+            whole = b"".join(example["text"].numpy() for example in examples)
+            found[split] = np.frombuffer(whole, np.uint8)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    return found
+
+
+def _unreadable(source: pathlib.Path, error: Exception) -> UserError:
+    return UserError(
+        f"the data in {source} cannot be read ({brief(error)}); delete that folder and prepare or "
+        "copy it again"
+    )
 
 
 @_quiet()

@@ -91,7 +91,8 @@ class Batches(Sequence):
 def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
     """Returns the examples to score on, (inputs as the network takes them, int32 labels).
 
-    They are of the training part, without augmentation unless the spec wants it.
+    They are of the training part, without augmentation unless the spec wants it. Where examples
+    have no classes they are as many as there would be, drawn at random.
 
     Args:
       spec: samples_per_class, score_batch_size, score_augmentation, scaling.
@@ -105,7 +106,11 @@ def batches(spec: Spec, dataset: Dataset | Streamed, seed: int) -> Batches:
         inputs, labels = _first_of_each(spec, dataset, seed)
     else:
         inputs, labels = feeds.split(dataset, spec.validation_size, spec.seed)["train"]
-    chosen = balanced(labels, dataset.classes, spec.samples_per_class, seed)
+    if labels.ndim == 1:
+        chosen = balanced(labels, dataset.classes, spec.samples_per_class, seed)
+    else:
+        most = min(len(labels), dataset.classes * spec.samples_per_class)
+        chosen = np.random.default_rng([seed, _SCORING]).permutation(len(labels))[:most]
     return Batches(inputs[chosen], labels[chosen], spec, dataset, seed)
 
 

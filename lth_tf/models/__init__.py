@@ -22,10 +22,11 @@ import numpy as np
 from lth_tf import pruning
 from lth_tf.compat import keras, tf
 from lth_tf.errors import UserError
-from lth_tf.models import parts, resnet, vgg, wrn
+from lth_tf.models import gru, parts, resnet, vgg, wrn
 from lth_tf.models.parts import INITS, Builder, StatelessDropout, initialisers, require_images
 from lth_tf.registry import Registry
 from lth_tf.spec import Spec, require_spec
+from lth_tf.tasks import TASKS
 
 __all__ = [
     "INITS", "MODELS", "Blueprint", "StatelessDropout", "Weights", "build", "initial_weights",
@@ -120,6 +121,28 @@ def require_network(spec: Any, input_shape: Any, classes: Any) -> None:
         raise UserError(f"classes must be a whole number, at least 1, not {classes!r}")
 
 
+def require_fit(spec: Spec, model: Any, dataset: Any) -> None:
+    """Raises UserError for a data set that a network, or a change to its inputs, is not made for.
+
+    Args:
+      spec: the experiment.
+      model: its network, plain or pruned.
+      dataset: inputs, labels and task.
+    """
+    shape = tuple(dataset.input_shape)
+    positions = shape if TASKS[dataset.task].positions else ()
+    if (found := tuple(model.output_shape[1:])) != (*positions, dataset.classes):
+        raise UserError(
+            f"model {spec.model!r} puts out {list(found)} for each input, and the task of data set "
+            f"{dataset.name!r}, {dataset.task}, wants {[*positions, dataset.classes]}"
+        )
+    if spec.augmentation != "none" and len(shape) != 3:
+        raise UserError(
+            f"augmentation {spec.augmentation!r} is for images, and data set {dataset.name!r} has "
+            f"inputs of shape {list(shape)}; use none"
+        )
+
+
 class Blueprint:
     """The network of an experiment, built once for all who look at it.
 
@@ -186,20 +209,20 @@ def _lenet(units: list[int]) -> Builder:
 
 
 def _family(name: str) -> Builder | None:
-    """Any 'lenet_A_B_...', 'lenet5_A_B_C_...' or 'wrn_D_K'."""
+    """Any 'lenet_A_B_...', 'lenet5_A_B_C_...', 'gru_E_H' or 'wrn_D_K'."""
     if re.fullmatch(r"lenet(_[1-9]\d*)+", name):
         return _lenet([parts.countable(int(n)) for n in name.split("_")[1:]])
     if re.fullmatch(r"lenet5(_[1-9]\d*){3,}", name):
         sizes = [parts.countable(int(n)) for n in name.split("_")[1:]]
         return _lenet5(sizes, "LeCun et al. 1998, with ReLUs")
-    return wrn.family(name)
+    return gru.family(name) or wrn.family(name)
 
 
 # What others need to know: the sides of the smallest image that it takes (None: it takes inputs of
 # any shape), another model that is made of the same blocks, but of fewer, and its name in a family
 # whose names tell sizes.
 MODELS: Registry[Builder] = Registry(
-    "model", _family, ("lenet_A_B_...", "lenet5_A_B_C_...", "wrn_D_K"),
+    "model", _family, ("lenet_A_B_...", "lenet5_A_B_C_...", "gru_E_H", "wrn_D_K"),
     smallest=None, like=None, sized=None,
 )  # fmt: skip
 

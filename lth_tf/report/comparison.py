@@ -14,7 +14,7 @@ from lth_tf.analysis.summary import FLOPS
 from lth_tf.analysis.winning import Point
 from lth_tf.report.figure import density_axis, save
 from lth_tf.report.tables import ARMS
-from lth_tf.tasks import task_of
+from lth_tf.tasks import spoken, task_of
 
 SIMILAR = 0.2  # by how much the sizes of networks in a column differ at most
 
@@ -33,7 +33,8 @@ def comparison_table(found: Comparison) -> Table:
     """Returns the metric at the end: a row per method and arm, a column per density."""
     task = task_of(found.metric)
     unit = ", %" if task.percent else ""
-    title = f"{found.spec.model} on {found.spec.dataset}: test {found.metric} at the end{unit}"
+    shown = f"{spoken(found.metric)} at the end{unit}"
+    title = f"{found.spec.model} on {found.spec.dataset}: test {shown}"
     table = Table(title=title, box=rich.box.SIMPLE_HEAD)
     table.add_column("method")
     table.add_column("arm")
@@ -68,11 +69,11 @@ def flops_table(found: Comparison) -> Table | None:
     ]  # fmt: skip
     if not lines:
         return None
-    title = f"test {found.metric} and FLOPs over those of the dense network"
+    title = f"test {spoken(found.metric)} and FLOPs over those of the dense network"
     table = Table(title=title, box=rich.box.SIMPLE_HEAD)
     table.add_column("density", justify="right")
     table.add_column("method")
-    for column in ("inference", "training", "with finding", f"test {found.metric}"):
+    for column in ("inference", "training", "with finding", f"test {spoken(found.metric)}"):
         table.add_column(column, justify="right", no_wrap=True)
     if found.dense:
         table.add_row("", "dense", "1", "1", "1", _cell(found.dense))
@@ -132,6 +133,6 @@ def comparison_figure(found: Comparison, path: Path) -> None:
             ax.set_ylim(top - 25, top + 1.5)
         ax.set_title("tickets" if arm == "ticket" else ARMS.get(arm, arm))
     panels[0].legend(fontsize="small", loc="lower left")
-    panels[0].set_ylabel(f"test {found.metric} at the end{unit}")
+    panels[0].set_ylabel(f"test {spoken(found.metric)} at the end{unit}")
     drawing.suptitle(f"{found.spec.model} on {found.spec.dataset}")
     save(drawing, path)

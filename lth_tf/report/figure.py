@@ -12,7 +12,7 @@ import numpy as np
 from lth_tf import storage
 from lth_tf.analysis.winning import points
 from lth_tf.report.tables import ARMS
-from lth_tf.tasks import METRIC, task_of
+from lth_tf.tasks import METRIC, spoken, task_of
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = {
@@ -29,8 +29,8 @@ def _panels(metric: str) -> list[tuple[str, str, float]]:
     factor, unit = task_of(metric).unit
     return [
         ("early_stop_step", "steps to minimum validation loss", 1.0),
-        ("metric_early", f"test {metric} there{unit}", factor),
-        ("metric_end", f"test {metric} at the end{unit}", factor),
+        ("metric_early", f"test {spoken(metric)} there{unit}", factor),
+        ("metric_end", f"test {spoken(metric)} at the end{unit}", factor),
     ]
 
 

@@ -16,7 +16,7 @@ from lth_tf.experiments import Plan, picking
 from lth_tf.recipes import RECIPES
 from lth_tf.scopes import count
 from lth_tf.spec import Spec
-from lth_tf.tasks import METRIC, task_of
+from lth_tf.tasks import METRIC, spoken, task_of
 
 ARMS = {
     "ticket": "ticket",
@@ -104,8 +104,8 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     table.add_column("arm")
     table.add_column("steps to minimum validation loss", justify="right")
     metric = found[0].metric if found else METRIC
-    table.add_column(f"test {metric} there", justify="right")
-    table.add_column(f"test {metric} at the end", justify="right")
+    table.add_column(f"test {spoken(metric)} there", justify="right")
+    table.add_column(f"test {spoken(metric)} at the end", justify="right")
     level = None
     for p in found:
         if p.level not in controlled | {0}:

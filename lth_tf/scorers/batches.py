@@ -69,13 +69,21 @@ def _require_dense(each: Any) -> None:
         raise UserError(f"a batch has {what} where (inputs, labels) must be arrays of numbers")
 
 
-def labels_of(inputs: Any, labels: Any) -> np.ndarray:
+def labels_of(inputs: Any, labels: Any, positions: tuple[int, ...] = ()) -> np.ndarray:
     """Returns a batch's labels, int [n]; a column [n, 1] is taken as such.
+
+    Args:
+      inputs: of the batch.
+      labels: what is given for them.
+      positions: of each example for which there are logits: labels are int [n, *positions] then.
 
     Raises:
       UserError: they are no whole numbers, or not as many as there are inputs.
     """
-    labels = numbers_of(labels)
+    whole = np.asarray(labels)
+    if not positions or whole.shape[1:] != positions or not np.issubdtype(whole.dtype, np.integer):
+        whole = numbers_of(labels)
+    labels = whole
     shape = tf.nest.flatten(inputs)[0].shape
     if shape.rank == 0 or shape[0] != len(labels):
         raise UserError(

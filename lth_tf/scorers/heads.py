@@ -43,13 +43,14 @@ def last_operation(tensor: Any) -> str:
     return tensor.op.type
 
 
-def classes_of(outputs: Any, operation: str, model: Any) -> int:
+def classes_of(outputs: Any, operation: str, model: Any, positions: bool = False) -> int:
     """Returns the number of classes of a model that puts out logits.
 
     Args:
       outputs: of a batch.
       operation: the last one that they come from, see `last_operation`.
       model: for messages.
+      positions: whether labels have the shape of its outputs but for their last axis.
 
     Raises:
       UserError: its outputs are no logits.
@@ -62,17 +63,17 @@ def classes_of(outputs: Any, operation: str, model: Any) -> int:
             "probabilities: build it with a linear output for each class, two where there was "
             "one sigmoid"
         )
-    if logits.ndim != 2 or logits.shape[1] < 2:
+    if not (logits.ndim == 2 or (positions and logits.ndim > 2)) or logits.shape[-1] < 2:
         raise UserError(
             f"model {model.name!r} puts out {list(logits.shape)}; scores need logits "
             "of shape [n, classes] with at least two classes"
         )
-    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-4):
+    if (logits >= 0).all() and np.allclose(logits.sum(-1), 1, atol=1e-4):
         raise UserError(
             f"model {model.name!r} ends in a softmax; scores are taken on logits: "
             "build it without the last activation"
         )
-    return logits.shape[1]
+    return logits.shape[-1]
 
 
 def require_one(outputs: Any, model: Any) -> None:

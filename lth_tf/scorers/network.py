@@ -138,7 +138,7 @@ class Network:
         for function in (self._gradient, self._product, self._flow):
             # TensorFlow would warn of every model that is scored as of one traced again.
             inside.omit_tracing_warning(function)
-        self._classes = 0  # not known yet
+        self._classes, self._positions = 0, ()  # not known yet
 
     @classmethod
     def of(cls, model: Any, **options: Any) -> Network:
@@ -386,7 +386,6 @@ class Network:
 
     def _fitting(self, values: list, inputs: Any, labels: Any) -> Any:
         """Labels as a tensor, checked against what the model puts out."""
-        labels = labels_of(inputs, labels)
         if not self._classes:
             any_number = all(x.shape[0] is None for x in self.model.inputs or ())
             few = tf.nest.map_structure(lambda x: x[:8], inputs) if any_number else inputs
@@ -394,7 +393,11 @@ class Network:
                 logits = tf.function(self, autograph=False)
                 heads.require_one(found := logits(values, few), self.model)
                 end = logits.get_concrete_function(values, few).outputs[0]
-            self._classes = heads.classes_of(found, heads.last_operation(end), self.model)
+            several = np.shape(labels)[1:] == tuple(found.shape[1:-1])
+            last = heads.last_operation(end)
+            self._classes = heads.classes_of(found, last, self.model, positions=several)
+            self._positions = tuple(found.shape[1:-1])
+        labels = labels_of(inputs, labels, self._positions)
         require_classes(labels, self._classes)
         return tf.constant(labels, tf.int32)
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from lth_tf import distribute, pruning
-from lth_tf.compat import tf
+from lth_tf.compat import keras, tf
 from lth_tf.dynamic import METHODS
 from lth_tf.errors import UserError
 from lth_tf.masks import Mask
-from lth_tf.pruning.inside import layers_autographed, stored_dtype
+from lth_tf.pruning.inside import layers_autographed, layers_within, stored_dtype
 from lth_tf.spec import Spec
 from lth_tf.tasks import Task
 from lth_tf.training.optimizers import OPTIMIZERS
@@ -373,7 +373,9 @@ def _numbers(step: int, end: int, seed: int, total: float) -> tuple[Any, ...]:
 
 
 def compiles(spec: Spec, replicas: int, model: Any) -> bool:
-    """Returns whether XLA helps here; on CPUs it makes convolutions slower, in a loop 100-fold.
+    """Returns whether XLA helps here.
+
+    On CPUs it makes convolutions slower, in a loop 100-fold, and recurrent layers 5-fold.
 
     Args:
       spec: whose `compile` says what is wanted.
@@ -391,5 +393,7 @@ def compiles(spec: Spec, replicas: int, model: Any) -> bool:
         return False
     if spec.compile != "auto":
         return spec.compile == "on"
-    gpu = bool(tf.config.list_logical_devices("GPU"))
-    return gpu or "conv" not in pruning.kinds(model).values()
+    if tf.config.list_logical_devices("GPU"):
+        return True
+    recurrent = any(isinstance(x, keras.layers.RNN) for x in layers_within(model))
+    return "conv" not in pruning.kinds(model).values() and not recurrent

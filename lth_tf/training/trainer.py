@@ -113,6 +113,7 @@ class Trainer:
             self.model.compile(OPTIMIZERS[spec.optimizer](self._rate, spec))
             self.optimizer = self.model.optimizer
             self.optimizer.build(self.model.trainable_variables)
+        models.require_fit(spec, self.model, dataset)
         pruning.require_maskable(self.optimizer)
         self.reduction = Reduction(self.model, self.strategy, spec.communication)
         self._measures = "gradient_flow" in spec.measure
