@@ -81,7 +81,7 @@ def compare(
     methods: dict[str, list[Point]] = {}
     dense: Point | None = None
     for workdir, spec in found:
-        _require_alike(workdir, spec, *found[0])
+        require_alike(workdir, spec, *found[0])
         method = method_of(spec)
         if method in methods:
             raise UserError(f"{str(workdir)!r} is a second workdir of {method}; give one of them")
@@ -104,16 +104,22 @@ def compare(
         raise UserError(f"there is no density at which all have tickets ({listed})")
     others = {}
     for workdir, spec in small:
-        _require_alike(workdir, spec, *found[0], but=("model", "width"))
+        require_alike(workdir, spec, *found[0], but=("model", "width"))
         changed = [spec.model] + ([f"width {spec.width:g}"] if spec.width != first.width else [])
         others[f"small dense ({', '.join(changed)})"] = _small(workdir, spec, first)
     return Comparison(first, dense, methods, sorted(common, reverse=True), others)
 
 
-def _require_alike(
+def require_alike(
     workdir: Path, spec: Spec, other: Path, first: Spec, but: Sequence[str] = ()
 ) -> None:
-    """Raises UserError where two workdirs differ in what, and how, is trained."""
+    """Raises UserError where two workdirs differ in what, and how, is trained.
+
+    Args:
+      workdir, spec: the one.
+      other, first: the other, and its spec.
+      but: fields that may differ.
+    """
     shared = [name for name in fields_of(role="training", grows=False) if name not in but]
     if differing := [n for n in shared if getattr(spec, n) != getattr(first, n)]:
         raise UserError(
