@@ -258,6 +258,39 @@ def test_names_have_the_axes_that_are_given():
     ]  # fmt: skip
 
 
+def test_any_flag_may_be_an_axis():
+    words = ["--dataset=digits", "--model=lenet_9_7"]
+    vary = ["method=set,rigl", "update_every=50, 100"]
+    found = sweeps.grid(None, ["3"], ["0.1"], None, words, vary)
+    assert [run.name for run in found.runs][:2] == [
+        "methodset-update_every50-density0.1-seed3", "methodset-update_every100-density0.1-seed3"
+    ]  # fmt: skip
+    assert {run.tool for run in found.runs} == {"lth-sparse"} and len(found.runs) == 4
+    last = found.runs[-1].spec
+    assert (last.method, last.update_every, last.seed) == ("rigl", 100, 3)
+    assert last.density == (0.1,)
+
+
+@pytest.mark.parametrize(
+    ("vary", "said"),
+    [
+        (["update_every"], "--vary=update_every is not FLAG=VALUE,VALUE"),
+        (["update_every="], "is not FLAG=VALUE,VALUE"),
+        (["update_every=5,5"], "with different values"),
+        (["update_every=5", "update_every=6"], "of one flag"),
+        (["preset=../x"], "is not FLAG=VALUE,VALUE"),
+        (["updat_every=5"], "run 'updat_every5-seed0': .*updat_every"),
+        (["update_every=five"], "'five' is not a whole number"),
+        (["seed=1,2"], "--vary=seed=... is an axis of the grid already"),
+        (["levels=1,2", "update_every=5"], "flags of both recipes"),
+        (["init=glorot_normal"], "--init is given after --"),
+    ],
+)
+def test_axes_that_are_none_are_said(vary, said):
+    with pytest.raises(UserError, match=said):
+        sweeps.grid(None, ["0"], None, None, ["--init=glorot_normal"], vary)
+
+
 def test_a_presets_flags_decide_its_recipe(tmp_path):
     file = tmp_path / "mine.flags"
     file.write_text("--dataset=digits\n--compression=20\n")

@@ -66,6 +66,7 @@ def grid(
     densities: Sequence[str] | None,
     scorers: Sequence[str] | None,
     passed: Sequence[str] = (),
+    vary: Sequence[str] = (),
 ) -> Grid:
     """Returns all combinations, each parsed; an axis that is None is left to the other flags.
 
@@ -76,28 +77,36 @@ def grid(
       presets: names of presets, or paths of flag files.
       seeds, densities, scorers: values, as on a command line. A density is the only
         ticket's for lth-oneshot, the last level's for lth-imp.
-      passed: flags of lth-imp or lth-oneshot for every run.
+      passed: flags of lth-imp, lth-oneshot or lth-sparse for every run.
+      vary: further axes, 'FLAG=VALUE,VALUE' each.
 
     Raises:
       UserError: an axis without values, with one twice, or that `passed` has, too; scorers
         for lth-imp; a run that cannot be parsed (says which), or two that are the same.
     """
     axes = {"presets": presets, "scorers": scorers, "densities": densities, "seeds": seeds}
+    varied = _varied(vary)
     for axis, values in axes.items():
         if values is not None and (not values or len(set(values)) < len(values)):
             raise UserError(f"--{axis}={','.join(values)} must name different values")
     given = {word.lstrip("-").partition("=")[0] for word in passed}
     runs: list[Run] = []
-    for preset, scorer, density, seed in itertools.product(
-        *(values or _ABSENT for values in axes.values())
-    ):
+    for preset, scorer, *others, density, seed in itertools.product(
+        presets or _ABSENT, scorers or _ABSENT, *varied.values(), densities or _ABSENT,
+        seeds or _ABSENT,
+    ):  # fmt: skip
         stem = Path(preset).name.removesuffix(".flags") if preset else ""
-        parts = stem, scorer, density and f"density{density}", seed and f"seed{seed}"
+        more = {name: str(value) for name, value in zip(varied, others, strict=True)}
+        parts = (
+            stem, scorer, *(f"{name}{value}" for name, value in more.items()),
+            density and f"density{density}", seed and f"seed{seed}",
+        )  # fmt: skip
         name = "-".join(filter(None, parts)) or "run"
         base = (*_preset_words(preset), *passed)
         try:
             able = [r for r in RECIPES if not scorer or "scorer" in RECIPES[r].fields]
-            recipe = flags.recipe_of(base) or able[0]
+            added = tuple(f"--{name}={value}" for name, value in more.items())
+            recipe = flags.recipe_of((*base, *added)) or able[0]
             if recipe not in able:
                 tools = " or ".join(RECIPES[r].tool for r in able)
                 raise UserError(
@@ -105,8 +114,11 @@ def grid(
                 )
             point = {"scorer": scorer, RECIPES[recipe].target: density, "seed": seed}
             own = {field: value for field, value in point.items() if value}
-            if twice := given & {*own, "compression" if density else ""}:
+            if twice := given & {*own, *more, "compression" if density else ""}:
                 raise UserError(f"--{min(twice)} is given after --, but is an axis of the grid")
+            if twice := own.keys() & more.keys():
+                raise UserError(f"--vary={min(twice)}=... is an axis of the grid already")
+            own = {**own, **more}
             words = (*base, *(f"--{field}={value}" for field, value in own.items()))
             spec = flags.parse(words, recipe)
             if density and list(RECIPES[recipe].asked(spec)) != [float(density)]:
@@ -118,6 +130,22 @@ def grid(
                 raise UserError(f"the runs {other.name!r} and {name!r} are the same; give one")
         runs.append(Run(f"runs/{name}", words, spec, stem))
     return _with_trunks(runs)
+
+
+def _varied(vary: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each flag that is varied."""
+    found: dict[str, list[str]] = {}
+    for text in vary:
+        name, equals, listed = text.lstrip("-").partition("=")
+        values = [value.strip() for value in listed.split(",") if value.strip()]
+        one_each = len(set(values)) == len(values) and name not in found
+        if not (name and equals and values and one_each) or os.sep in listed:
+            raise UserError(
+                f"--vary={text} is not FLAG=VALUE,VALUE with different values of one flag, e.g. "
+                "--vary=update_every=50,100"
+            )
+        found[name] = values
+    return found
 
 
 def _preset_words(preset: str | None) -> tuple[str, ...]:
