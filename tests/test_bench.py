@@ -104,6 +104,7 @@ def test_bench_of_levels(tmp_path, monkeypatch):
     assert list(levels(conv, datasets.load("digits"), 1, 1)["engines"]) == ["tensorflow", "compact"]
 
 
+@pytest.mark.slow
 def test_bench_of_methods_that_move_masks():
     small = Spec(
         recipe="sparse", dataset="digits", model="lenet_20_10", validation_size=100, compile="off",
@@ -121,6 +122,7 @@ def test_bench_of_methods_that_move_masks():
     assert "granet" in texts.getvalue()
 
 
+@pytest.mark.slow
 def test_bench_of_levels_of_tickets(tmp_path):
     small = Spec(
         dataset="digits", model="lenet_20_10", validation_size=100, eval_every=3, compile="off",

@@ -16,6 +16,7 @@ import pytest
 from test_training import DIGITS, TWO, same, spec, start
 
 from lth_tf import distribute, experiments, masks, pruning, tickets
+from lth_tf.analysis.summary import read_csv
 from lth_tf.compat import tf
 from lth_tf.errors import UserError
 from lth_tf.experiments import picking
@@ -293,6 +294,30 @@ def test_two_workers_pick_the_masks_of_one_process(two_that_pick, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["rigl", "snfs", "granet"])
+def test_two_workers_move_the_masks_of_one_process(method, tmp_path):
+    words = [*ALIKE, f"--method={method}", "--density=0.1", "--train_steps=60", "--update_every=10",
+             "--measure=gradient_flow", "--hessian_at=60"]  # fmt: skip
+    codes, told = ended(begin("sparse", words, tmp_path / "two"))
+    assert codes == [0, 0], told
+    alone("sparse", words, tmp_path / "one")
+    require_same_masks(tmp_path / "one", tmp_path / "two", 1)
+    folders = [tmp_path / name / "replicate_00" / "level_01" for name in ("one", "two")]
+    ends = [
+        tickets.solution(f / "trained.safetensors", tickets.load_ticket(f / "ticket.safetensors"))
+        for f in folders
+    ]
+    assert same(ends[0].mask, ends[1].mask)
+    for name in ("updates.csv", "hessian.csv", "metrics.csv"):
+        one, two = (read_csv(f / name) for f in folders)
+        assert len(one) == len(two) > 0
+        for row, other in zip(one, two, strict=True):
+            for column in row.keys() - {"seconds"}:
+                mine, theirs = (-1 if r[column] is None else r[column] for r in (row, other))
+                assert mine == pytest.approx(theirs, rel=1e-6), (name, column)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [1])
 def test_a_worker_that_is_killed_ends_all_and_started_again_they_end_alike(
     two_workers, tmp_path, victim
@@ -327,6 +352,7 @@ import numpy as np
 from conftest import _thin_norm
 from lth_tf import datasets, distribute, masks
 from lth_tf.experiments import picking
+from lth_tf.analysis.summary import read_csv
 from lth_tf.compat import tf
 from lth_tf.scorers import one_shot_mask, score
 from lth_tf.spec import Spec

@@ -308,6 +308,23 @@ def test_a_training_is_resumed_bit_for_bit(changes):
     assert fresh.explored == mover.explored
 
 
+def test_gradients_of_pruned_weights_are_not_packed():
+    with pytest.raises(UserError, match="communication=packed adds up .* snfs needs all of them"):
+        s = spec(method="snfs", communication="packed", distribute="mirrored", devices=2)
+        Trainer(s, DIGITS)
+
+
+@pytest.mark.slow
+def test_averages_of_gradients_are_those_of_all_replicas():
+    found = {}
+    for many in (1, 2):
+        several = {"distribute": "mirrored", "devices": 2} if many > 1 else {}
+        s = spec(method="snfs", **several)
+        trainer, ticket, mover = began(s)
+        found[many] = trainer.train(ticket.weights, ticket.mask, 0, 20, mover=mover).mask
+    assert all(np.array_equal(m, found[2][n]) for n, m in found[1].items())
+
+
 def test_replicas_move_the_same_entries():
     found = {}
     for many in (1, 2, 4):

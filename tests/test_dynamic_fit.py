@@ -91,6 +91,7 @@ def test_rigl_ranks_the_batch_of_its_step_and_does_not_train_on_it():
     assert all(np.array_equal(weights[n], after[n]) for n in others)  # statistics, too
 
 
+@pytest.mark.slow
 def test_replicas_move_the_same_entries():
     found = []
     for many in (1, 2, 4):

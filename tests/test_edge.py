@@ -147,6 +147,7 @@ def test_without_a_temporary_folder_it_is_imported_and_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_read_only_container_has_shared_memory_but_not_for_every_network(tmp_path):
     if not os.access("/dev/shm", os.W_OK):
         pytest.skip("here is none")

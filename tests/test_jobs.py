@@ -128,6 +128,7 @@ def test_side_by_side_is_as_alone_whatever_was_killed_in_between(alone, tmp_path
     assert code == 1 and "was begun with --threads=1; give that, or leave it out" in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(crew.cores() < 2, reason="one core only")
 def test_one_shot_deals_out_its_levels_and_a_failure_ends_all(tmp_path):
     words = ["one_shot", *SMALL, "--scorer=snip", "--density=0.5,0.2", "--dense", "--jobs=auto"]

@@ -25,7 +25,7 @@ from lth_tf.tasks import TASKS
 from lth_tf.training import feeds, states
 from lth_tf.training.engines import Engines
 from lth_tf.training.feeds import CHUNK
-from lth_tf.training.graph import Setup
+from lth_tf.training.graph import Setup, by_momentum
 from lth_tf.training.optimizers import OPTIMIZERS, learning_rate
 from lth_tf.training.reduction import Reduction
 from lth_tf.training.states import DivergedError, Interrupted, State, Trained
@@ -115,7 +115,14 @@ class Trainer:
             self.optimizer.build(self.model.trainable_variables)
         models.require_fit(spec, self.model, dataset)
         pruning.require_maskable(self.optimizer)
-        self.reduction = Reduction(self.model, self.strategy, spec.communication)
+        dense = by_momentum(spec)  # gradients of pruned weights are added up, too
+        if dense and spec.communication == "packed":
+            raise UserError(
+                f"communication=packed adds up gradients of kept weights alone, and {spec.method} "
+                "needs all of them at every step; use auto or plain"
+            )
+        communication = "plain" if dense else spec.communication
+        self.reduction = Reduction(self.model, self.strategy, communication)
         self._measures = "gradient_flow" in spec.measure
         self._averaged = [v for v in self.model.variables if distribute.is_own(v)]
         self._pace, self._mask_number = _PACE, -1
