@@ -3,6 +3,8 @@
     python results/metrics.py pack WORKDIR FILE      replicate_*/**/metrics.csv -> metrics.csv.gz
     python results/metrics.py unpack FILE WORKDIR    the other way
 
+and likewise for updates.csv, where FILE is updates.csv.gz.
+
 The file is a CSV with the columns of metrics.csv behind replicate, level and arm, packed by gzip.
 Rows are taken over as text, so that no digit changes and every metrics.csv comes back byte for
 byte. `zcat` shows it; Python's `gzip.open(FILE, "rt")` and `csv` read it.
@@ -19,10 +21,10 @@ WHICH = "replicate,level,arm,"
 Texts = dict[tuple[int, int, str], str]  # (replicate, level, arm) -> text of a metrics.csv
 
 
-def files(workdir: Path) -> Texts:
-    """Returns every metrics.csv of a workdir, in the order of summary.csv."""
+def files(workdir: Path, name: str = "metrics.csv") -> Texts:
+    """Returns every metrics.csv of a workdir, or such files, in the order of summary.csv."""
     found = {}
-    for path in Path(workdir).glob("replicate_*/**/metrics.csv"):
+    for path in Path(workdir).glob(f"replicate_*/**/{name}"):
         replicate, level, *branch = path.relative_to(workdir).parts[:-1]
         arm = branch[0].removeprefix("branch_") if branch else "ticket"
         key = int(replicate.removeprefix("replicate_")), int(level.removeprefix("level_")), arm
@@ -59,6 +61,11 @@ def divide(text: str) -> Texts:
     return {key: "\n".join(lines) + "\n" for key, lines in parts.items()}
 
 
+def _each(file: Path) -> str:
+    """What the files are called that a packed one is made of."""
+    return "updates.csv" if Path(file).name.startswith("updates.csv") else "metrics.csv"
+
+
 def read(file: Path) -> Texts:
     """Returns every metrics.csv out of a packed file."""
     return divide(gzip.decompress(Path(file).read_bytes()).decode())
@@ -66,7 +73,7 @@ def read(file: Path) -> Texts:
 
 def pack(workdir: Path, file: Path) -> None:
     """Writes one file with the metrics of a workdir, and reads it back."""
-    texts, content = files(workdir), io.BytesIO()
+    texts, content = files(workdir, _each(file)), io.BytesIO()
     # Without name and time, so that equal metrics are equal bytes.
     with gzip.GzipFile("", "wb", 9, content, mtime=0) as packed:
         packed.write(join(texts).encode())
@@ -81,7 +88,7 @@ def unpack(file: Path, workdir: Path) -> None:
         folder = Path(workdir, f"replicate_{replicate:02d}", f"level_{level:02d}")
         folder = folder if arm == "ticket" else folder / f"branch_{arm}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.csv").write_bytes(text.encode())
+        (folder / _each(file)).write_bytes(text.encode())
 
 
 if __name__ == "__main__":

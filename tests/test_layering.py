@@ -20,7 +20,7 @@ FLOORS = [
     {"datasets", "distribute", "models", "tickets"},
     {"doctor", "scorers", "training"},
     {"analysis"},
-    {"experiments"},
+    {"experiments", "verdict"},
     {"bench", "exporters", "flags", "report"},
     {"command", "sweeps"},
     {"tools"},

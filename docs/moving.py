@@ -1,0 +1,138 @@
+"""What recorded runs say of masks that move: tables of Markdown, and a figure."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recorded import RESULTS, markdown, sparsity, spread
+
+from lth_tf.analysis import points, read_summary
+from lth_tf.tasks import task_of
+
+FLOW = {
+    "static": ("flow_static_none", "flow_static_fan_in"),
+    "SET": ("flow_set_none", "flow_set_fan_in"),
+    "RigL": ("flow_rigl_none", "flow_rigl_fan_in"),
+}
+PAPER = {  # Evci et al. 2022, table 1: LeNet-5 on MNIST
+    "static": ("63", "97.6"), "SET": ("97.99", ""), "RigL": ("96.62", "98.41"),
+}  # fmt: skip
+
+
+def evaluations(run: str, file: str = "metrics.csv.gz") -> list[dict[str, str]]:
+    """Returns the rows of a packed file."""
+    with gzip.open(RESULTS / run / file, "rt") as stream:
+        return list(csv.DictReader(stream))
+
+
+def ends(run: str, level: int | None = None, arm: str = "ticket") -> np.ndarray:
+    """Returns the metric at the end of each replicate, in % where that is what it is shown in."""
+    found = [p for p in points(read_summary(RESULTS / run)) if p.arm == arm]
+    level = max(p.level for p in found) if level is None else level
+    (point,) = [p for p in found if p.level == level]
+    return point.metric_end * task_of(point.metric).unit[0]
+
+
+def flows(run: str, step: int, level: int = 1, arm: str = "ticket") -> np.ndarray:
+    """Returns the gradient flow of the fixed batch at a step, of each replicate."""
+    rows = evaluations(run)
+    return np.array([
+        float(r["gradient_flow_fixed"])
+        for r in rows if (int(r["level"]), r["arm"], int(r["step"])) == (level, arm, step)
+    ])  # fmt: skip
+
+
+def raised(run: str) -> np.ndarray:
+    """Returns what an update multiplies the flow by: the median of each replicate's updates."""
+    found: dict[str, list[float]] = {}
+    for row in evaluations(run, "updates.csv.gz"):
+        if int(row["changed"]):
+            ratio = float(row["gradient_flow_after"]) / float(row["gradient_flow_before"])
+            found.setdefault(row["replicate"], []).append(ratio)
+    return np.array([np.median(each) for each in found.values()])
+
+
+def flow_table() -> str:
+    """LeNet-5 at 95 %: accuracies, gradient flow at the start, and what updates do to it."""
+    rows = [
+        ["dense", spread(ends("flow_static_none", 0)), "", *_flow("flow_static_none", 0), ""],
+        ["small dense (3-3-27-20)", spread(ends("flow_small_dense", 0)), "",
+         *_flow("flow_small_dense", 0), ""],
+    ]  # fmt: skip
+    for method, runs in FLOW.items():
+        for i, (name, run) in enumerate(zip(("", ", sparse init"), runs, strict=True)):
+            moves = spread(raised(run)) if method != "static" else ""
+            rows.append([method + name, spread(ends(run)), PAPER[method][i], *_flow(run, 1), moves])
+    rows.append(["gradual pruning", spread(ends("flow_gmp")), "", *_flow("flow_gmp", 1), ""])
+    last = max(p.level for p in points(read_summary(RESULTS / "flow_imp")))
+    tickets = ("ticket", "lottery ticket", "98.26"), ("reinit", "its mask, re-initialised", "")
+    for arm, name, paper in tickets:
+        shown = spread(ends("flow_imp", last, arm))
+        rows.append([name, shown, paper, *_flow("flow_imp", last, arm), ""])
+    header = ["LeNet-5, MNIST, 95 %", "accuracy", "paper", "flow at the start", "after 1,000 steps",
+              "an update times"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def _flow(run: str, level: int, arm: str = "ticket") -> list[str]:
+    return [f"{np.median(flows(run, step, level, arm)):.2g}" for step in (0, 1000)]
+
+
+def table_of(runs: dict[str, str], densities: Iterable[float], dense: str = "") -> str:
+    """A row for each run, a column for each density: the metric at the end."""
+    densities = list(densities)
+    rows = []
+    if dense:
+        rows.append([f"dense, {spread(ends(dense, 0))}", *[""] * len(densities)])
+    for name, run in runs.items():
+        found = [p for p in points(read_summary(RESULTS / run)) if p.arm == "ticket" and p.level]
+        cells = []
+        for d in densities:
+            near = [p for p in found if abs(p.density / d - 1) < 0.03]
+            cells.append(spread(near[0].metric_end * task_of(near[0].metric).unit[0])
+                         if near else "")  # fmt: skip
+        rows.append([name, *cells])
+    return markdown(["sparsity", *map(sparsity, densities)], rows)
+
+
+def draw_flow(path: Path) -> None:
+    """Writes the figure of the flow of gradients over training."""
+    import matplotlib.figure
+
+    from lth_tf.report.figure import save
+
+    drawing = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
+    left, right = drawing.subplots(1, 2, sharey=True)
+    colours = {"static": "#0072B2", "SET": "#009E73", "RigL": "#D55E00"}
+    for method, runs in FLOW.items():
+        for ax, run in zip((left, right), runs, strict=True):
+            _curve(ax, run, 1, "ticket", method, colours[method])
+    last = max(p.level for p in points(read_summary(RESULTS / "flow_imp")))
+    _curve(left, "flow_static_none", 0, "ticket", "dense", "0.4")
+    _curve(left, "flow_imp", last, "ticket", "lottery ticket", "#000000")
+    for ax, title in ((left, "initialised as a dense network"), (right, "sparse initialisation")):
+        ax.set_title(title, fontsize="medium")
+        ax.set_yscale("log")
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    left.set_ylabel("gradient flow (first batch)")
+    save(drawing, path)
+
+
+def _curve(ax: Any, run: str, level: int, arm: str, label: str, colour: str) -> None:
+    rows = [r for r in evaluations(run) if (int(r["level"]), r["arm"]) == (level, arm)]
+    steps = sorted({int(r["step"]) for r in rows})
+    each = [
+        np.array([float(r["gradient_flow_fixed"]) for r in rows if int(r["step"]) == s])
+        for s in steps
+    ]
+    ax.plot(steps, [np.median(v) for v in each], color=colour, label=label, lw=1.2)
+    ax.fill_between(
+        steps, [v.min() for v in each], [v.max() for v in each], color=colour, alpha=0.15, lw=0
+    )
