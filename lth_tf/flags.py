@@ -361,7 +361,9 @@ def _require_readable(path: str, through: tuple[str, ...]) -> None:
             _require_readable(os.path.expanduser(found[1].strip()), (*through, path))
 
 
-def run(main: Callable[..., Any], about: str, commands: tuple[str, ...] = ()) -> None:
+def run(
+    main: Callable[..., Any], about: str, commands: tuple[str, ...] = (), files: bool = False
+) -> None:
     """Runs a tool: parses flags, calls main, and ends with one sentence where a user erred.
 
     Args:
@@ -369,6 +371,7 @@ def run(main: Callable[..., Any], about: str, commands: tuple[str, ...] = ()) ->
         exit code or None.
       about: what the tool is, for --help.
       commands: words of which the first one that is not a flag must be.
+      files: whether others may follow, which main is called with, too.
     """
 
     def guarded(argv: list[str]) -> int:
@@ -376,7 +379,7 @@ def run(main: Callable[..., Any], about: str, commands: tuple[str, ...] = ()) ->
         if commands and (not words or words[0] not in commands):
             given = f"unknown command {words[0]!r}" if words else "no command given"
             raise UserError(f"{given}; there are: {', '.join(commands)}")
-        if len(words) > bool(commands):
+        if len(words) > bool(commands) and not files:
             raise UserError(f"unexpected {words[-1]!r}: everything is a flag (--name=value)")
         edge.require_temporary()
         return main(*words) or 0

@@ -222,7 +222,7 @@ def commands(text):
     for line in [*(" ".join(span.split()) for span in spans), *listings.splitlines()]:
         if found := COMMAND.search(line):
             words = shlex.split(found[2].replace("...", ""))
-            if any(word.startswith("--") for word in words):
+            if any(word.startswith("--") for word in words) or found[1] == "lth-ticket":
                 yield found[1], words
 
 
@@ -250,6 +250,8 @@ def require_flags(tool, words):
     recipe = RECIPE_OF.get(tool)
     if tool == "lth-bench":
         recipe = MEASUREMENTS[words.pop(0)].recipe
+    if tool == "lth-ticket":  # a command, and files
+        words = [word for word in words if word.startswith("--")]
     own, given = own_flags(tool), []
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")

@@ -169,6 +169,7 @@ def test_paths_lead_through_recurrent_kernels():
 # --- Tickets ---
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scorer", ["snip", "grasp", "synflow", "fisher_diag", "hessian_diag"])
 def test_scorers_score_recurrent_kernels(scorer):
     s = Spec(**{**only_shared(), "recipe": "one_shot", "scope": "global", "scorer": scorer,
@@ -210,7 +211,7 @@ def began(s):
         tests.test_dynamic.DIGITS = before
 
 
-def test_a_moving_mask_holds_resumes_and_is_that_of_two_replicas():
+def test_a_moving_mask_holds_and_a_training_is_resumed_bit_for_bit():
     trainer, ticket, mover = began(SPEC)
     whole = trainer.train(ticket.weights, ticket.mask, 0, 20, mover=mover)
     for name, m in whole.mask.items():
@@ -227,6 +228,12 @@ def test_a_moving_mask_holds_resumes_and_is_that_of_two_replicas():
         ticket.weights, ticket.mask, 0, 20, mover=began(SPEC)[2], state=kept[0]
     )
     assert all(w.tobytes() == resumed.weights[n].tobytes() for n, w in whole.weights.items())
+
+
+@pytest.mark.slow
+def test_two_replicas_move_the_masks_of_one():
+    trainer, ticket, mover = began(SPEC)
+    whole = trainer.train(ticket.weights, ticket.mask, 0, 20, mover=mover)
     several, ticket, mover = began(spec(distribute="mirrored", devices=2))
     shared = several.train(ticket.weights, ticket.mask, 0, 20, mover=mover)
     assert all(np.array_equal(m, shared.mask[n]) for n, m in whole.mask.items())

@@ -304,7 +304,10 @@ def test_a_summary_of_before_flops_were_counted_is_read_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "density"),
-    [("lenet_300_100", 0.02), ("lenet5_classic", 0.05), ("lenet5", 0.01), ("resnet20", 0.2)],
+    [
+        ("lenet_300_100", 0.02), ("lenet5_classic", 0.05), ("lenet5", 0.01),
+        pytest.param("resnet20", 0.2, marks=pytest.mark.slow),
+    ],  # fmt: skip
 )
 def test_a_small_dense_network_has_as_many_weights(name, density):
     s = Spec(model=name)

@@ -134,6 +134,21 @@ def save_trained(
     )
 
 
+def found_in(path: Path) -> list[Path]:
+    """Returns the files of tickets that a path stands for: itself, or those of a workdir in order.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = edge.folder(path)
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("replicate_*/level_*/**/ticket.safetensors"))
+    if not found:
+        raise UserError(f"{str(path)!r} is a folder without tickets; give a file or a workdir")
+    return found
+
+
 def load_trained(
     path: str | os.PathLike, ticket: Ticket | None = None, metrics: str | None = None
 ) -> dict[str, np.ndarray]:
