@@ -196,3 +196,67 @@ def test_absolute_is_refused_where_it_changes_nothing(changes):
 def test_tickets_of_trained_weights_are_not_ranked_anew(name):
     with pytest.raises(UserError, match="it needs tickets of lth-oneshot, not of lth-imp"):
         run(name, ticket())
+
+
+# random, by a scope
+
+
+@pytest.mark.parametrize("scope", ["erk", "uniform", "global"])
+def test_random_masks_keep_as_many_weights_in_all(scope):
+    own = ticket()
+    new = run(f"random_{scope}", own)
+    assert masks.kept(new.mask) == masks.kept(own.mask)
+    assert masks.overlap(new.mask, own.mask) < 0.95 and not same(new.mask, own.mask)
+    start = dense(own.spec).weights
+    assert all(np.array_equal(new.weights[n], start[n] * m) for n, m in new.mask.items())
+    shares = [m.mean() for m in new.mask.values()]
+    assert (max(shares) - min(shares) < 0.01) == (scope == "uniform")
+    assert not same(run(f"random_{scope}", ticket(seed=6)).mask, new.mask)
+
+
+def test_random_masks_leave_protected_kernels_whole():
+    own = ticket(dataclasses.replace(SPEC, protect=("output*",)))
+    whole = np.ones_like(own.mask["output/kernel"])
+    own = dataclasses.replace(own, mask={**own.mask, "output/kernel": whole})
+    new = run("random_global", own)
+    assert new.mask["output/kernel"].all() and masks.kept(new.mask) == masks.kept(own.mask)
+
+
+# values of the same kernels
+
+
+def test_values_are_exchanged_within_kernels_under_the_same_mask():
+    own, start = ticket(), dense(SPEC).weights
+    free, signed, constant = (run(name, own) for name in ("reuse", "reuse_sign", "sign_only"))
+    for name, m in own.mask.items():
+        kept = own.weights[name][m == 1]
+        for new in (free, signed, constant):
+            assert np.array_equal(new.mask[name], m) and not new.weights[name][m == 0].any()
+            assert new.weights[name].dtype == start[name].dtype
+        values = free.weights[name][m == 1]
+        assert np.isin(values, start[name]).all() and (values != kept).mean() > 0.9
+        signs = signed.weights[name][m == 1]
+        assert np.isin(np.abs(signs), np.abs(start[name])).all()
+        assert np.array_equal(np.sign(signs), np.sign(kept))
+        assert (np.sign(values) != np.sign(kept)).mean() > 0.2
+        deviation = np.abs(constant.weights[name][m == 1])
+        np.testing.assert_allclose(deviation, start[name].std(), rtol=1e-5)
+        assert np.array_equal(np.sign(constant.weights[name][m == 1]), np.sign(kept))
+    others = {n for n in own.weights if n not in own.mask}
+    assert all(np.array_equal(free.weights[n], own.weights[n]) for n in others)
+
+
+def test_another_order_is_the_same_ticket_on_other_batches(tmp_path):
+    from lth_tf import experiments
+
+    own, new = ticket(), run("other_order", ticket())
+    assert same(own.mask, new.mask) and same(own.weights, new.weights)
+    assert new.origin["order_seed"] != own.origin["seed"] == new.origin["seed"]
+    s = dataclasses.replace(
+        SPEC, levels=1, controls=("other_order",), train_steps=12, rewind_step=0, eval_every=6,
+        validation_size=100, batch_size=20, compile="off", distribute="none",
+    )  # fmt: skip
+    rows = experiments.run(s, tmp_path, DIGITS)
+    losses = {r["arm"]: r["validation_loss_min"] for r in rows if r["level"] == 1}
+    assert losses["ticket"] != losses["other_order"]
+    assert experiments.run(s, tmp_path, DIGITS) == rows  # what is finished is found again

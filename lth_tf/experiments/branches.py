@@ -7,7 +7,10 @@ weights, path -> array, that the ticket's were cut out of, and where examples to
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +20,9 @@ from lth_tf.errors import UserError
 from lth_tf.experiments import growing, picking
 from lth_tf.models import initial_weights
 from lth_tf.recipes import RECIPES, one_shot
+from lth_tf.recipes.record import protected
 from lth_tf.registry import Registry
+from lth_tf.scopes import SCOPES, top_k
 from lth_tf.scorers import SCORERS
 from lth_tf.spec import Spec
 from lth_tf.tickets import Ticket
@@ -25,7 +30,8 @@ from lth_tf.tickets import Ticket
 Start = Mapping[str, np.ndarray]
 Branch = Callable[[Ticket, Start, Dataset], Ticket]
 
-_REINIT, _SHUFFLE = 11, 12  # streams of random numbers drawn from a ticket's seed
+# Streams of random numbers drawn from a ticket's seed.
+_REINIT, _SHUFFLE, _DRAWN, _REUSED, _ORDER = 11, 12, 13, 14, 15
 
 
 def _anything(spec: Spec) -> None:
@@ -108,6 +114,99 @@ def shuffle(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
     """
     mask = masks.shuffle(ticket.mask, _rng(ticket, _SHUFFLE))
     return dataclasses.replace(ticket, mask=mask, weights=masks.apply(mask, start))
+
+
+def _random(scope: str) -> Branch:
+    def draw(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+        rng = _rng(ticket, _DRAWN)
+        scores = {name: rng.random(m.shape) for name, m in ticket.mask.items()}
+        share = masks.kept(ticket.mask) / masks.size(ticket.mask)
+        whole = set(protected(ticket.spec.protect, ticket.mask))
+        if whole:  # what is left for the others
+            rest = [m for name, m in ticket.mask.items() if name not in whole]
+            share = sum(map(np.count_nonzero, rest)) / sum(m.size for m in rest)
+        density = {name: 1.0 if name in whole else share for name in scores}
+        mask = SCOPES[scope](scores, density, min_per_layer=0)
+        return dataclasses.replace(ticket, mask=mask, weights=masks.apply(mask, start))
+
+    draw.__doc__ = (
+        f"As many weights in all, drawn at random by scope {scope!r} (Liu et al. 2022, \"The "
+        "unreasonable effectiveness of random pruning\")."
+    )
+    return draw
+
+
+for _scope in ("erk", "global"):
+    BRANCHES.register(f"random_{_scope}", draws=True)(_random(_scope))
+
+
+@BRANCHES.register("random_uniform", draws=True)
+def random_uniform(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """As many weights in all, drawn at random, the same share of every kernel.
+
+    Also of the first one, which --scope=uniform leaves dense: few networks are sparse enough for
+    that and have as many weights.
+    """
+    rng = _rng(ticket, _DRAWN)
+    whole = set(protected(ticket.spec.protect, ticket.mask))
+    sizes = {name: m.size for name, m in ticket.mask.items() if name not in whole}
+    left = masks.kept({name: ticket.mask[name] for name in sizes})
+    exact = {name: Fraction(left * size, sum(sizes.values())) for name, size in sizes.items()}
+    counts = {name: math.floor(n) for name, n in exact.items()}
+    rest = sorted(exact, key=lambda name: counts[name] - exact[name])  # largest remainders
+    for name in rest[: left - sum(counts.values())]:
+        counts[name] += 1
+    mask = {
+        name: top_k(rng.random(m.shape), counts.get(name, m.size))
+        for name, m in ticket.mask.items()
+    }
+    return dataclasses.replace(ticket, mask=mask, weights=masks.apply(mask, start))
+
+
+def _revalued(
+    ticket: Ticket, start: Start, value: Callable[[np.random.Generator, Any, Any], Any]
+) -> Ticket:
+    """A ticket with the same mask whose kept weights are (rng, kernel's weights, kept ones)."""
+    rng, weights = _rng(ticket, _REUSED), masks.apply(ticket.mask, start)
+    for name, m in ticket.mask.items():
+        kept = start[name][m != 0]
+        weights[name] = np.zeros_like(start[name])
+        weights[name][m != 0] = value(rng, start[name][start[name] != 0], kept)
+    return dataclasses.replace(ticket, weights=weights)
+
+
+@BRANCHES.register("reuse", draws=True)
+def reuse(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """The same mask, each value drawn out of its kernel's (Zhou et al. 2019, section 4.1).
+
+    What is lost by it beside the ticket hangs on single values, not on their distribution.
+    """
+    return _revalued(ticket, start, lambda rng, each, kept: rng.choice(each, kept.shape))
+
+
+@BRANCHES.register("reuse_sign", draws=True)
+def reuse_sign(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """The same, but each weight keeps its sign (Zhou et al. 2019, section 4.1)."""
+    return _revalued(
+        ticket, start,
+        lambda rng, each, kept: np.copysign(np.abs(rng.choice(each, kept.shape)), kept),
+    )  # fmt: skip
+
+
+@BRANCHES.register("sign_only")
+def sign_only(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """The same mask, each weight its sign times the deviation of its kernel's weights.
+
+    Zhou et al. 2019, section 4.1: constant magnitudes, signs kept.
+    """
+    return _revalued(ticket, start, lambda rng, each, kept: np.copysign(each.std(), kept))
+
+
+@BRANCHES.register("other_order", draws=True)
+def other_order(ticket: Ticket, start: Start, dataset: Dataset) -> Ticket:
+    """The same ticket, trained on examples in another order (Frankle et al. 2020: its noise)."""
+    seed = int(_rng(ticket, _ORDER).integers(2**31 - 1))
+    return dataclasses.replace(ticket, origin={**ticket.origin, "order_seed": seed})
 
 
 @BRANCHES.register("invert", draws=True, needs=_scores)

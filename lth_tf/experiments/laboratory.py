@@ -343,7 +343,7 @@ class Laboratory:
                 ticket.mask,
                 start,
                 stop,
-                seed=ticket.origin["seed"],
+                seed=ticket.origin.get("order_seed", ticket.origin["seed"]),
                 capture=capture,
                 captured=captured,
                 callbacks=callbacks,

@@ -21,6 +21,13 @@ COLOURS = {
     "shuffle": "#009E73",
     "invert": "#CC79A7",
     "absolute": "#E69F00",
+    "random_erk": "#56B4E9",
+    "random_uniform": "#F0E442",
+    "random_global": "#000000",
+    "reuse": "#999999",
+    "reuse_sign": "#666666",
+    "sign_only": "#8B4513",
+    "other_order": "#4B0082",
 }
 
 

@@ -24,6 +24,13 @@ ARMS = {
     "shuffle": "shuffled",
     "invert": "inverted",
     "absolute": "by absolute score",
+    "random_erk": "random, ERK",
+    "random_uniform": "random, uniform",
+    "random_global": "random",
+    "reuse": "values exchanged",
+    "reuse_sign": "values exchanged, signs kept",
+    "sign_only": "signs alone",
+    "other_order": "other order of examples",
 }
 
 

@@ -90,7 +90,7 @@ def _whole(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> Tic
     level, step = metadata["level"], metadata["rewind_step"]
     storage.require(storage.is_count(level) and storage.is_count(step), "no level, or no step")
     storage.require(isinstance(origin, dict), "its origin is no object")
-    for name, fits in _ORIGIN.items():
+    for name, fits in {**_ORIGIN, "order_seed": storage.is_count}.items():
         storage.require(name not in origin or fits(origin[name]), f"its origin has no {name}")
     ticket = Ticket(mask, weights, level, step, origin, Spec.from_dict(metadata["spec"]))
     storage.require(metadata["density"] == ticket.density, "its density is another")
