@@ -285,7 +285,7 @@ def test_branch_keeps_the_controls_that_there_are(monkeypatch, capsys, tmp_path)
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--branch=shufle"], "unknown branch 'shufle'; there are: reinit, shuffle, invert, "),
+        (["--branch=shufle"], "unknown branch 'shufle'; there are: reinit, shuffle, random_erk, "),
         (["--branch=reinit,invrt"], "Did you mean 'invert'?"),
         (["--branch=reinit", "--levels=3"], "error: control_levels [3] are out of range"),
         (["--branch=reinit", "--levels=0"], "controls run off pruned tickets, here levels 1 to 2"),

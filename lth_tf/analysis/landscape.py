@@ -108,15 +108,17 @@ class Looker:
       inputs: batches, as the network takes them.
       labels: as many.
       losses: (labels, outputs) -> losses [n].
-      anew: whether moving statistics of BatchNormalization are those of the inputs under the
-        weights that are looked at; a network between two others has none of its own.
+      anew: whether moving statistics of BatchNormalization are taken anew under the weights that
+        are looked at; a network between two others has none of its own.
+      of: batches that they are taken of (default: the inputs).
     """
 
     def __init__(
         self, model: Any, inputs: Sequence[Any], labels: Sequence[Any],
-        losses: Callable[[Any, Any], Any], anew: bool = False,
+        losses: Callable[[Any, Any], Any], anew: bool = False, of: Sequence[Any] | None = None,
     ):  # fmt: skip
         self.model, self.inputs, self.labels, self.losses = model, inputs, labels, losses
+        self.of = inputs if of is None else of
         self.anew = anew and bool(normalised(model))
         self._outputs = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
 
@@ -128,7 +130,7 @@ class Looker:
         """
         pruning.assign(self.model, weights)
         if self.anew:
-            take_anew(self.model, self.inputs)
+            take_anew(self.model, self.of)
         return np.concatenate([self._outputs(x).numpy() for x in self.inputs])
 
     def loss(self, weights: Weights) -> float:
