@@ -16,11 +16,12 @@ from lth_tf.experiments import relearning
 from lth_tf.experiments.relearning import PRUNED
 from lth_tf.report.relearning import relearning_figure, relearning_tables
 from lth_tf.spec import Spec
-from lth_tf.tasks import TASKS, cross_entropy
+from lth_tf.tasks import TASKS
 from lth_tf.tickets import load_ticket, load_trained
 from tests.test_tools import run
 
 DIGITS = datasets.load("digits")
+TASK = TASKS["classification"]
 SPEC = Spec(
     model="lenet_8_6", dataset="digits", validation_size=100, batch_size=20, train_steps=60,
     eval_every=20, learning_rate=0.01, distribute="none", compile="off", levels=2, scope="global",
@@ -70,13 +71,13 @@ def test_statistics_between_two_networks_are_taken_anew():
     y = rng.integers(0, 2, 20)
     weights = {n: v.numpy() for n, v in pruning.weights(model).items()}
     weights = {n: rng.random(w.shape).astype(np.float32) for n, w in weights.items()}
-    looker = landscape.Looker(model, [tf.constant(x)], [y], cross_entropy, anew=True)
+    looker = landscape.Looker(model, [tf.constant(x)], y, TASK, anew=True)
     hidden = x @ weights["fc/kernel"]
     normed = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-3)
     normed = normed * weights["norm/gamma"] + weights["norm/beta"]
     expected = normed @ weights["output/kernel"] + weights["output/bias"]
     np.testing.assert_allclose(looker.outputs(weights), expected, rtol=0.02, atol=0.02)
-    as_stored = landscape.Looker(model, [tf.constant(x)], [y], cross_entropy)
+    as_stored = landscape.Looker(model, [tf.constant(x)], y, TASK)
     assert np.abs(as_stored.outputs(weights) - expected).max() > 0.1
 
 
@@ -149,10 +150,10 @@ def test_losses_at_the_ends_are_those_of_the_loop(work):
 
     model = plain_model(SPEC, (8, 8, 1), 10, 0)
     x = scaling.scaled(DIGITS.test_inputs, DIGITS, SPEC)
-    looker = landscape.Looker(model, [x], [DIGITS.test_labels], TASKS["classification"].losses)
-    assert looker.loss(end) == pytest.approx(
-        read_csv(folder / "metrics.csv")[-1]["test_loss"], rel=1e-5
-    )
+    last = read_csv(folder / "metrics.csv")[-1]
+    loss, accuracy = landscape.Looker(model, [x], DIGITS.test_labels, TASK).measured(end)
+    assert loss == pytest.approx(last["test_loss"], rel=1e-5)
+    assert accuracy == pytest.approx(last["test_accuracy"])
 
 
 def test_groups_agree_within_and_between(found):

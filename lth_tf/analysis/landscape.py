@@ -7,7 +7,7 @@ section 5) look at: whether a ticket ends where the network ended that it was pr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from lth_tf import pruning
 from lth_tf.compat import tf
 from lth_tf.models.statistics import normalised, take_anew
+from lth_tf.tasks import Task
 
 Weights = Mapping[str, np.ndarray]
 
@@ -106,18 +107,18 @@ class Looker:
     Args:
       model: a plain model; it gets the weights that are looked at.
       inputs: batches, as the network takes them.
-      labels: as many.
-      losses: (labels, outputs) -> losses [n].
+      labels: of all of them.
+      task: what is looked for.
       anew: whether moving statistics of BatchNormalization are taken anew under the weights that
         are looked at; a network between two others has none of its own.
       of: batches that they are taken of (default: the inputs).
     """
 
     def __init__(
-        self, model: Any, inputs: Sequence[Any], labels: Sequence[Any],
-        losses: Callable[[Any, Any], Any], anew: bool = False, of: Sequence[Any] | None = None,
+        self, model: Any, inputs: Sequence[Any], labels: np.ndarray, task: Task,
+        anew: bool = False, of: Sequence[Any] | None = None,
     ):  # fmt: skip
-        self.model, self.inputs, self.labels, self.losses = model, inputs, labels, losses
+        self.model, self.inputs, self.labels, self.task = model, inputs, labels, task
         self.of = inputs if of is None else of
         self.anew = anew and bool(normalised(model))
         self._outputs = tf.function(lambda x: model(x, training=False), reduce_retracing=True)
@@ -133,8 +134,15 @@ class Looker:
             take_anew(self.model, self.of)
         return np.concatenate([self._outputs(x).numpy() for x in self.inputs])
 
-    def loss(self, weights: Weights) -> float:
-        """Returns the mean loss under these weights, path -> array."""
+    def measured(self, weights: Weights) -> tuple[float, float]:
+        """Returns the mean loss and the metric under these weights, path -> array."""
         outputs = self.outputs(weights)
-        found = self.losses(tf.constant(np.concatenate(self.labels)), tf.constant(outputs))
-        return float(np.mean(found.numpy().astype(np.float64)))
+        return self._mean(self.task.losses, outputs), self.metric(outputs)
+
+    def metric(self, outputs: np.ndarray) -> float:
+        """Returns the task's metric of what a network puts out."""
+        return self._mean(self.task.hits, outputs)
+
+    def _mean(self, of: Any, outputs: np.ndarray) -> float:
+        found = of(tf.constant(self.labels), tf.constant(outputs)).numpy()
+        return float(np.mean(found.astype(np.float64)))

@@ -9,22 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import masks, models, pruning, storage
+from lth_tf import masks, pruning, storage
 from lth_tf.analysis import landscape
 from lth_tf.analysis.comparison import method_of, require_alike
 from lth_tf.compat import tf
-from lth_tf.datasets import Streamed, scaling
 from lth_tf.errors import UserError
+from lth_tf.experiments.looking import lookers
 from lth_tf.experiments.workdirs import read_spec
 from lth_tf.models import Weights
 from lth_tf.recipes import RECIPES
 from lth_tf.spec import Spec
 from lth_tf.tasks import TASKS
 from lth_tf.tickets import load_ticket, load_trained, solution
-from lth_tf.training import feeds
 
-_BATCH = 500
-_DRAWN = 43  # a stream of random numbers drawn from a spec's seed
 PRUNED = "pruned network"  # the group of those that tickets were cut out of
 
 
@@ -159,33 +156,12 @@ def relearn(
     Raises:
       UserError: a data set on disk, or numbers out of range.
     """
-    if isinstance(dataset, Streamed):
-        raise UserError(f"data set {dataset.name!r} is read from disk; solutions are compared on "
-                        "one in memory")  # fmt: skip
-    if points < 8 or examples < 1:
-        raise UserError(
-            f"points {points} and examples {examples}; a line has at least 8 points, and at least "
-            "one example"
-        )
+    line, test = lookers(spec, dataset, examples, points, 8)
     task = TASKS[dataset.task]
-    model = models.plain_model(spec, tuple(dataset.input_shape), dataset.classes, spec.seed)
-    trained = [n for n, v in pruning.weights(model).items() if v.trainable]
-    parts = feeds.split(dataset, spec.validation_size, spec.seed)
-    inputs, labels = parts["train"]
-    chosen = np.random.default_rng([spec.seed, _DRAWN]).permutation(len(labels))[:examples]
-
-    def looker(inputs: np.ndarray, labels: np.ndarray, anew: bool) -> landscape.Looker:
-        count = -(-len(labels) // _BATCH)
-        batches = [scaling.scaled(x, dataset, spec) for x in np.array_split(inputs, count)]
-        return landscape.Looker(model, batches, np.array_split(labels, count), task.losses, anew)
-
-    line = looker(inputs[chosen], labels[chosen], True)
-    inputs, labels = parts["test"]
-    test, answers = looker(inputs, labels, False), tf.constant(labels)
+    trained = [n for n, v in pruning.weights(line.model).items() if v.trainable]
 
     def metric(probabilities: Sequence[np.ndarray]) -> float:
-        hits = task.hits(answers, tf.constant(landscape.ensemble(probabilities)))
-        return float(np.mean(hits.numpy().astype(np.float64)))
+        return test.metric(landscape.ensemble(probabilities))
 
     rows, lines = [], []
     said: dict[str, list[np.ndarray]] = {}
@@ -237,7 +213,7 @@ def _lines(
         if b is None:
             yield way, None, []
             continue
-        losses = [looker.loss(landscape.between(a, b, share)) for share in shares]
+        losses = [looker.measured(landscape.between(a, b, share))[0] for share in shares]
         found = [{"share": s, "loss": loss} for s, loss in zip(shares, losses, strict=True)]
         yield way, landscape.barrier(shares, losses), found
 

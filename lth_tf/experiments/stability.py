@@ -15,22 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from lth_tf import models
 from lth_tf.analysis import landscape
 from lth_tf.analysis.comparison import require_alike
-from lth_tf.compat import tf
-from lth_tf.datasets import Streamed, scaling
 from lth_tf.errors import UserError
+from lth_tf.experiments.looking import lookers
 from lth_tf.experiments.workdirs import read_spec
 from lth_tf.spec import Spec
 from lth_tf.tasks import TASKS
 from lth_tf.tickets import load_ticket, solution
-from lth_tf.training import feeds
 
 OTHER = "branch_other_order"
 STABLE = 0.02  # instability of the error below which a network is called stable (section 3)
-_BATCH = 500
-_DRAWN = 44  # a stream of random numbers drawn from a spec's seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,39 +100,16 @@ def instability(
     Raises:
       UserError: a data set on disk, or numbers out of range.
     """
-    if isinstance(dataset, Streamed):
-        raise UserError(
-            f"data set {dataset.name!r} is read from disk; networks are looked at on one in memory"
-        )
-    if points < 3 or examples < 1:
-        raise UserError(
-            f"points {points} and examples {examples}; a line has at least 3 points, and at least "
-            "one example"
-        )
-    task = TASKS[dataset.task]
-    model = models.plain_model(spec, tuple(dataset.input_shape), dataset.classes, spec.seed)
-    parts = feeds.split(dataset, spec.validation_size, spec.seed)
-    inputs, labels = parts["train"]
-    chosen = np.random.default_rng([spec.seed, _DRAWN]).permutation(len(labels))[:examples]
-    parts = {"train": (inputs[chosen], labels[chosen]), "test": parts["test"]}
-    batches = {
-        name: [scaling.scaled(x, dataset, spec) for x in np.array_split(x, -(-len(x) // _BATCH))]
-        for name, (x, _) in parts.items()
-    }
-    lookers = {
-        name: landscape.Looker(model, each, [parts[name][1]], task.losses, True, batches["train"])
-        for name, each in batches.items()
-    }
-    sign = 1.0 if task.higher else 0.0
+    train, test = lookers(spec, dataset, examples, points, 3)
+    test.anew, test.of = train.anew, train.inputs
+    higher = TASKS[dataset.task].higher
 
-    def measured(name: str, weights: landscape.Weights) -> dict[str, float]:
-        outputs = tf.constant(lookers[name].outputs(weights))
-        answers = tf.constant(parts[name][1])
-        loss, hits = (
-            float(np.mean(f(answers, outputs).numpy().astype(np.float64)))
-            for f in (task.losses, task.hits)
-        )
-        return {f"{name}_loss": loss, f"{name}_error": 1 - hits if sign else hits}
+    def measured(weights: landscape.Weights) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, looker in (("train", train), ("test", test)):
+            loss, metric = looker.measured(weights)
+            found |= {f"{name}_loss": loss, f"{name}_error": 1 - metric if higher else metric}
+        return found
 
     rows, lines = [], []
     for pair in found:
@@ -149,7 +121,7 @@ def instability(
         shares, values = np.linspace(0, 1, points).tolist(), []
         for share in shares:
             at = landscape.between(pair.one, pair.other, share)
-            values.append({k: v for name in parts for k, v in measured(name, at).items()})
+            values.append(measured(at))
             lines.append({**about, "share": share, **values[-1]})
         rows.append({
             **about,
