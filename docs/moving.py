@@ -12,6 +12,7 @@ import numpy as np
 from recorded import RESULTS, markdown, sparsity, spread
 
 from lth_tf.analysis import points, read_summary
+from lth_tf.analysis.summary import read_csv
 from lth_tf.tasks import task_of
 
 FLOW = {
@@ -84,7 +85,7 @@ def _flow(run: str, level: int, arm: str = "ticket") -> list[str]:
 
 
 def table_of(runs: dict[str, str], densities: Iterable[float], dense: str = "") -> str:
-    """A row for each run, a column for each density: the metric at the end."""
+    """A row for each run, a column for each density: the metric at the end, and training FLOPs."""
     densities = list(densities)
     rows = []
     if dense:
@@ -94,10 +95,88 @@ def table_of(runs: dict[str, str], densities: Iterable[float], dense: str = "") 
         cells = []
         for d in densities:
             near = [p for p in found if abs(p.density / d - 1) < 0.03]
-            cells.append(spread(near[0].metric_end * task_of(near[0].metric).unit[0])
-                         if near else "")  # fmt: skip
+            cells.append(_cell(near[0]) if near else "")
         rows.append([name, *cells])
     return markdown(["sparsity", *map(sparsity, densities)], rows)
+
+
+def _cell(point: Any) -> str:
+    factor = task_of(point.metric).unit[0]
+    shown = spread(point.metric_end * factor, "{:.2f}" if factor == 100 else "{:.3f}")
+    cost = point.flops.get("training_flops")
+    return shown if cost is None else f"{shown} ({cost:.2f})"
+
+
+FASHION = {
+    "static": "fashion_static", "SET": "fashion_set", "RigL": "fashion_rigl",
+    "SNFS": "fashion_snfs", "GraNet": "fashion_granet", "GMP": "fashion_gmp",
+    "GraSP": "fashion_grasp", "IMP": "fashion_imp",
+}  # fmt: skip
+GRU = {"static": "gru_static", "SET": "gru_set", "RigL": "gru_rigl", "GMP": "gru_gmp",
+       "IMP": "gru_imp"}  # fmt: skip
+CIFAR = {"static": "cifar_static", "SET": "cifar_set", "RigL": "cifar_rigl",
+         "GraNet": "cifar_granet", "GMP": "cifar_gmp", "GraSP": "cifar_grasp"}  # fmt: skip
+
+
+def moving_name(run: str) -> str:
+    """Returns under which name a run is recorded: those of before masks moved keep theirs."""
+    old = ("fashion_grasp", "fashion_imp")
+    return run if run in old or run.startswith(("gru_", "flow_")) else f"moving_{run}"
+
+
+def of_all(runs: dict[str, str]) -> dict[str, str]:
+    """Returns the recorded names of runs that are there."""
+    named = {name: moving_name(run) for name, run in runs.items()}
+    return {name: run for name, run in named.items() if (RESULTS / run).is_dir()}
+
+
+def relearned_table() -> str:
+    """Where the solutions of LeNet-5 at 95 % lie to the networks that tickets were pruned from."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read_csv(RESULTS / "flow_relearned" / "relearning.csv"):
+        found.setdefault(row["group"], []).append(row)
+    columns = {
+        "angle_start_pruned": "angle of the start", "angle_end_pruned": "angle of the end",
+        "distance_end_pruned": "distance of the end", "barrier_end_pruned": "loss barrier",
+    }  # fmt: skip
+    rows = [
+        [name, *(spread(np.array([r[c] for r in each])) for c in columns),
+         spread(np.array([100 * r["disagreement_pruned"] for r in each]))]
+        for name, each in found.items()
+    ]  # fmt: skip
+    header = ["to the pruned network", *columns.values(), "predictions that differ, %"]
+    return markdown(header, rows)
+
+
+def fashion_table() -> str:
+    """LeNet-5 on Fashion-MNIST, 1,000 steps: beside the recorded runs before training."""
+    return table_of(of_all(FASHION), (0.1, 0.05, 0.02, 0.01), "fashion_imp")
+
+
+def gru_table() -> str:
+    """A GRU on tiny_shakespeare: bits per character."""
+    return table_of(of_all(GRU), (0.25, 0.125, 0.1), "gru_static")
+
+
+def cifar_table() -> str:
+    """LeNet-5 with more channels on a JPEG re-encoding of CIFAR-10, at 95 %."""
+    return table_of(of_all(CIFAR), (0.05,), "moving_cifar_static")
+
+
+def sweep_table() -> str:
+    """RigL's interval and fraction: accuracy at the end at 98 %."""
+    rows = [r for r in read_csv(RESULTS / "moving_sweep" / "index.csv") if r["level"] == 1]
+    found: dict[tuple[int, float], list[float]] = {}
+    for row in rows:
+        _, every, fraction, *_ = row["run"].replace("update_every", "-").replace(
+            "drop_fraction", "").split("-")  # fmt: skip
+        found.setdefault((int(every), float(fraction)), []).append(100 * row["test_accuracy_end"])
+    intervals = sorted({every for every, _ in found})
+    fractions = sorted({fraction for _, fraction in found})
+    return markdown(
+        ["updates every", *(f"fraction {f:g}" for f in fractions)],
+        [[f"{e} steps", *(spread(np.array(found[e, f])) for f in fractions)] for e in intervals],
+    )
 
 
 def draw_flow(path: Path) -> None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import moving
 import recorded
 from recorded import markdown
 
@@ -99,6 +100,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lenet-paper": recorded.paper_table,
     "fashion": recorded.fashion_table,
     "cifar10": recorded.cifar_table,
+    "flow": moving.flow_table,
+    "relearned": moving.relearned_table,
     "floors": floors_table,
     "first-hour": lambda: reading_table(FIRST_HOUR),
     "second-hour": lambda: reading_table(SECOND_HOUR),

@@ -105,7 +105,7 @@ def found(work):
 def test_groups_are_tickets_controls_and_others_with_the_pruned_network_of_their_replicate(work):
     spec, groups = relearning.groups([work / "rigl", work / "imp"])
     assert spec.recipe == "sparse"
-    assert list(groups) == ["rigl (update_every 10)", "imp", "imp, reinit"]
+    assert list(groups) == ["rigl", "imp", "imp, reinit"]
     folder = work / "imp" / "replicate_01"
     ticket = load_ticket(folder / "level_02" / "ticket.safetensors")
     before = load_trained(folder / "level_01" / "trained.safetensors")
@@ -119,7 +119,16 @@ def test_groups_are_tickets_controls_and_others_with_the_pruned_network_of_their
     # At another density each workdir has its nearest level.
     _, others = relearning.groups([work / "rigl", work / "imp"], 0.45)
     assert {round(one.density, 2) for each in others.values() for one in each} == {0.5}
-    assert list(others) == ["rigl (update_every 10)", "imp"]  # no control there
+    assert list(others) == ["rigl", "imp"]  # no control there
+
+
+def test_names_tell_more_where_they_would_be_the_same(work):
+    spec = experiments.read_spec(work / "rigl")
+    other = work.parent / "other_rigl"
+    if not other.exists():
+        experiments.run(dataclasses.replace(spec, drop_fraction=0.2, replicates=1), other, DIGITS)
+    _, groups = relearning.groups([work / "rigl", other])
+    assert list(groups) == ["rigl (update_every 10)", "rigl (update_every 10, drop_fraction 0.2)"]
 
 
 def test_numbers_are_those_of_the_files(work, found):
@@ -157,7 +166,7 @@ def test_losses_at_the_ends_are_those_of_the_loop(work):
 
 
 def test_groups_agree_within_and_between(found):
-    names = ["imp", "imp, reinit", "rigl (update_every 10)", PRUNED]
+    names = ["imp", "imp, reinit", "rigl", PRUNED]
     assert set(found.ensembles) == set(names)
     counted = {(r["group"], r["other"]): r["pairs"] for r in found.agreement}
     assert counted == {

@@ -85,11 +85,14 @@ def groups(
     specs = [read_spec(work) for work in workdirs]
     found: dict[str, list[Solution]] = {}
     pruned: dict[int, Weights] = {}
-    for work, spec in zip(workdirs, specs, strict=True):
+    short = [RECIPES[spec.recipe].method(spec) for spec in specs]
+    whole = list(map(method_of, specs))
+    names = short if len(set(short)) == len(set(whole)) else whole
+    for work, spec, method in zip(workdirs, specs, names, strict=True):
         require_alike(work, spec, workdirs[0], specs[0])
         level = _level(work, density)
         for arm in ["", *sorted(p.name for p in _folder(work, 0, level).glob("branch_*"))]:
-            name = method_of(spec) + (f", {arm.removeprefix('branch_')}" if arm else "")
+            name = method + (f", {arm.removeprefix('branch_')}" if arm else "")
             if name in found:
                 raise UserError(f"{str(work)!r} is a second workdir of {name}; give one of them")
             found[name] = []

@@ -106,7 +106,7 @@ def relearning_figure(found: Relearning, path: Path) -> None:
             each = [np.array([r["loss"] for r in mine if r["share"] == s]) for s in shares]
             if each:
                 style = {"color": colours[group]}
-                ax.plot(shares, [v.mean() for v in each], label=group, **style)
+                ax.plot(shares, [v.mean() for v in each], label=_short(group), **style)
                 low, high = [v.min() for v in each], [v.max() for v in each]
                 ax.fill_between(shares, low, high, alpha=0.2, lw=0, **style)
         ax.set_yscale("log")
@@ -121,6 +121,11 @@ def relearning_figure(found: Relearning, path: Path) -> None:
     save(drawing, path)
 
 
+def _short(name: str) -> str:
+    """What of a name a figure has room for."""
+    return name if len(name) <= 24 else f"{name[:23]}\u2026"
+
+
 def _matrix(ax: Any, found: Relearning) -> None:
     names = _named(found)
     values = np.full((len(names), len(names)), np.nan)
@@ -133,6 +138,7 @@ def _matrix(ax: Any, found: Relearning) -> None:
         if np.isfinite(value):
             dark = "white" if value > top / 2 else "black"
             ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=dark, fontsize="small")
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
-    ax.set_yticks(range(len(names)), names, fontsize="small")
+    shown = list(map(_short, names))
+    ax.set_xticks(range(len(names)), shown, rotation=30, ha="right", fontsize="small")
+    ax.set_yticks(range(len(names)), shown, fontsize="small")
     ax.set_title("test predictions that differ (%)", fontsize="medium")
