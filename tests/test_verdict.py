@@ -80,7 +80,7 @@ def test_errors_are_as_rare_as_promised(n, censored):
             steps = np.exp(rng.normal(0, 0.5, (2, n)) + [[math.log(1.1)], [0.0]]) * 100
             last = 150.0
             hit = steps >= last
-            found = no_later(*np.minimum(steps, last), 1.1, *hit)
+            found = no_later(*np.minimum(steps, last), *hit, 1.1)
         else:
             found = above(rng.normal(-0.5, 0.3, n), -0.5)
         wrong += [found.p_yes <= 0.05, found.p_no <= 0.05]
@@ -183,13 +183,15 @@ SPEC = Spec(
 )  # fmt: skip
 
 
-def workdir(folder, metric="accuracy", gain=0.0, steps=(500, 400), spread=0.002, without=()):
+def workdir(folder, metric="accuracy", gain=0.0, steps=(500, 400), spread=0.002, without=(),
+            others=()):  # fmt: skip
     """A workdir whose level 1 is better than its control by `gain`, and level 2 not matching."""
     rng, rows = np.random.default_rng(0), []
     for replicate in range(SPEC.replicates):
         for level, arm, value, step in (
             (0, "ticket", 0.90, steps[0]), (1, "ticket", 0.90, steps[1]),
-            (1, "reinit", 0.90 - gain, 450), (2, "ticket", 0.80, 900), (2, "reinit", 0.80, 900),
+            *((1, arm, 0.90 - gain, 450) for arm in ("reinit", *others)),
+            (2, "ticket", 0.80, 900), (2, "reinit", 0.80, 900),
         ):  # fmt: skip
             if (level, replicate, arm) in without:
                 continue
@@ -211,6 +213,14 @@ def test_a_ticket_wins_where_all_of_it_is_shown(tmp_path):
     assert set(found.early[1].refuted) >= {"matching"} and found.down == pytest.approx([0.4])
     assert found.replicates == tuple(range(8)) and found.missing == [] and found.wanted == {}
     assert found.margin.value == 0.01 and "360" in found.margin.why
+
+
+def test_what_is_no_part_of_winning_stands_beside(tmp_path):
+    found = judge.judge(workdir(tmp_path, gain=0.05, others=("shuffle",)), SPEC)
+    first, last = found.beside
+    assert first["sooner"].p_yes == 0.5**8 and last["sooner"].p_no == 0.5**8  # all steps alike
+    assert first["better than shuffle at the end"].p_yes < 0.001
+    assert found.early[0].answer == YES and "shuffle" not in str(found.early[0].parts)
 
 
 def test_a_ticket_that_is_no_better_than_its_control_is_not_shown_to_win(tmp_path):

@@ -37,7 +37,7 @@ def verdict_table(found: Verdict, metric: str, examples: int | None = None) -> T
     for column in ("density", "claim", "difference", "interval", "p", "answer"):
         table.add_column(column, justify="left" if column in ("claim", "answer") else "right")
     bold = n > 1 and (examples is None or examples >= FEW)
-    for early, end in zip(found.early, found.end, strict=True):
+    for early, end, beside in zip(found.early, found.end, found.beside, strict=True):
         table.add_section()
         shown = f"{early.density:.2%}"
         for claim, what in ((early, "winning at early stop"), (end, "winning at the end")):
@@ -47,12 +47,14 @@ def verdict_table(found: Verdict, metric: str, examples: int | None = None) -> T
             shown = ""
             for name, part in claim.parts.items():
                 table.add_row("", f"  {name}", *_numbers(name, part, factor), _told(claim, name))
+        for name, part in beside.items():
+            table.add_row("", name, *_numbers(name, part, factor), part.why)
     return table
 
 
 def _numbers(name: str, part: Evidence, factor: float) -> tuple[str, str, str]:
     """Difference, interval and p-value of a component."""
-    if name == "no later" and part.estimate == part.estimate:
+    if name in ("no later", "sooner") and part.estimate == part.estimate:
         low, high = (math.exp(v) if v == v else v for v in (part.low, part.high))
         interval = f"{low:.2f} to {high:.2f} times" if low == low else ""
         return f"{math.exp(part.estimate):.2f} times", interval, _p(part.p_yes)
@@ -115,20 +117,21 @@ def _listed(densities: Sequence[float]) -> str:
 def verdict_dict(found: Verdict) -> dict[str, Any]:
     """Returns a verdict as it is written to verdict.json."""
 
+    def plain(part: Evidence) -> dict[str, Any]:
+        return {k: (None if v != v else v) for k, v in vars(part).items()}
+
     def told(claim: Claim) -> dict[str, Any]:
         return {
             "density": claim.density, "answer": claim.answer, "p": claim.p_yes,
             "level": claim.level, "refuted": list(claim.refuted),
-            "parts": {
-                name: {k: (None if v != v else v) for k, v in vars(part).items()}
-                for name, part in claim.parts.items()
-            },
+            "parts": {name: plain(part) for name, part in claim.parts.items()},
         }  # fmt: skip
 
     return {
         "method": found.method, "margin": vars(found.margin),
         "replicates": list(found.replicates), "down_to": found.down,
         "early": [told(c) for c in found.early], "end": [told(c) for c in found.end],
+        "beside": [{name: plain(part) for name, part in each.items()} for each in found.beside],
         "replicates_wanted": {f"{d:.6g}": list(w) for d, w in found.wanted.items()},
         "missing": found.missing,
     }  # fmt: skip

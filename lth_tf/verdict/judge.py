@@ -21,7 +21,7 @@ from lth_tf.errors import UserError
 from lth_tf.spec import Spec
 from lth_tf.tasks import metric_of, task_of
 from lth_tf.verdict.claims import OPEN, Claim, down_to, settle
-from lth_tf.verdict.paired import above, no_later
+from lth_tf.verdict.paired import Evidence, above, no_later
 from lth_tf.verdict.planning import replicates_for
 
 RATIO = 1.1
@@ -67,6 +67,8 @@ class Verdict:
       margin: what counts as alike, and why.
       replicates: those that have everything, dense network, tickets and controls.
       early, end: the claims at each density, the highest first, at early stop and at the end.
+      beside: of each density what is no part of winning: 'sooner', the minimum comes earlier than
+        the dense network's, and for each other control 'better than' it.
       down: densities down to which tickets win at early stop, one after the other.
       wanted: density -> (about, at most) how many replicates would settle an open claim; None:
         more than are counted.
@@ -79,6 +81,7 @@ class Verdict:
     replicates: tuple[int, ...]
     early: list[Claim]
     end: list[Claim]
+    beside: list[dict[str, Evidence]]
     down: list[float]
     wanted: Mapping[float, tuple[int | None, int | None]]
     missing: list[str]
@@ -147,7 +150,9 @@ def judge(
         raise UserError(
             f"{str(workdir)!r} has no dense network to compare with; run its command with --dense"
         )
-    early, end, whole = [], [], set()
+    early, end, beside, whole = [], [], [], set()
+    metric = metric_of(next(iter(rows.values())))
+    others = sorted({arm for _, _, arm in rows} - {"ticket", control})
     for level in levels:
         have = [
             r for r in range(spec.replicates)
@@ -167,6 +172,14 @@ def judge(
             pair = _claims(density, dense, ticket, other, spec, alike.value, ratio, alpha)
             early.append(pair[0])
             end.append(pair[1])
+            told = {"sooner": no_later(*_steps(ticket, dense, spec), 1.0, alpha=alpha)}
+            for arm in others:
+                those = [r for r in have if (level, r, arm) in rows]
+                a, b = ([rows[level, r, which] for r in those] for which in ("ticket", arm))
+                if those:
+                    d = _apart(a, b, f"test_{metric}_end")
+                    told[f"better than {arm} at the end"] = above(d, alike.value, alpha)
+            beside.append(told)
     early, end = settle(early, alpha), settle(end, alpha)
     down = [claim.density for claim in down_to(early, alpha)]
     gap = alike.value if effect is None else effect
@@ -175,7 +188,8 @@ def judge(
         for claim in early if claim.answer == OPEN
     }  # fmt: skip
     return Verdict(
-        spec, method_of(spec), alike, tuple(sorted(whole)), early, end, down, wanted, missing
+        spec, method_of(spec), alike, tuple(sorted(whole)), early, end, beside, down, wanted,
+        missing,
     )
 
 
@@ -195,26 +209,31 @@ def _claims(
     density: float, dense: list, ticket: list, other: list, spec: Spec, margin: float, ratio: float,
     alpha: float,
 ) -> tuple[Claim, Claim]:  # fmt: skip
-    metric = metric_of(ticket[0])
-    sign = 1.0 if task_of(metric).higher else -1.0
-
-    def apart(a: list, b: list, at: str) -> list[float]:
-        column = f"test_{metric}_{at}"
-        return [sign * (x[column] - y[column]) for x, y in zip(a, b, strict=True)]
-
-    mine, others = ([row["early_stop_step"] for row in each] for each in (ticket, dense))
-    late = [s >= spec.retrain_span[1] for s in mine]  # a minimum at the last evaluation
-    dense_late = [s >= spec.train_steps for s in others]
+    at_early, at_end = (f"test_{metric_of(ticket[0])}_{at}" for at in ("early", "end"))
+    mine, others, late, dense_late = _steps(ticket, dense, spec)
     early = {
-        "matching": above(apart(ticket, dense, "early"), -margin, alpha),
-        "no later": no_later(mine, others, ratio, late, dense_late, alpha),
-        "special": above(apart(ticket, other, "early"), margin, alpha),
+        "matching": above(_apart(ticket, dense, at_early), -margin, alpha),
+        "no later": no_later(mine, others, late, dense_late, ratio, alpha=alpha),
+        "special": above(_apart(ticket, other, at_early), margin, alpha),
     }
     end = {
-        "matching at the end": above(apart(ticket, dense, "end"), -margin, alpha),
-        "special at the end": above(apart(ticket, other, "end"), margin, alpha),
+        "matching at the end": above(_apart(ticket, dense, at_end), -margin, alpha),
+        "special at the end": above(_apart(ticket, other, at_end), margin, alpha),
     }
     return Claim(density, early), Claim(density, end)
+
+
+def _apart(a: list, b: list, column: str) -> list[float]:
+    """By how much each row of `a` is better than that of `b`."""
+    sign = 1.0 if task_of(metric_of([column])).higher else -1.0
+    return [sign * (x[column] - y[column]) for x, y in zip(a, b, strict=True)]
+
+
+def _steps(ticket: list, dense: list, spec: Spec) -> tuple[list, list, list, list]:
+    """Steps of the minima, and whether each lies at the last evaluation."""
+    mine, others = ([row["early_stop_step"] for row in each] for each in (ticket, dense))
+    late = [s >= spec.retrain_span[1] for s in mine]
+    return mine, others, late, [s >= spec.train_steps for s in others]
 
 
 def _wanted(

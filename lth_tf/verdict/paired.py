@@ -72,8 +72,8 @@ def above(differences: Sequence[float], bound: float, alpha: float = 0.05) -> Ev
 
 
 def no_later(
-    mine: Sequence[float], others: Sequence[float], ratio: float = 1.1,
-    mine_censored: Sequence[bool] = (), others_censored: Sequence[bool] = (), alpha: float = 0.05,
+    mine: Sequence[float], others: Sequence[float], mine_censored: Sequence[bool] = (),
+    others_censored: Sequence[bool] = (), ratio: float = 1.1, alpha: float = 0.05,
 ) -> Evidence:  # fmt: skip
     """Returns the evidence that a step comes no later than `ratio` times another, on log ratios.
 
@@ -84,8 +84,8 @@ def no_later(
     Args:
       mine: the step of each replicate whose being early is claimed.
       others: the step that it is compared with.
-      ratio: the bound.
       mine_censored, others_censored: whether each is censored; none by default.
+      ratio: the bound.
       alpha: of the interval, one-sided.
     """
     a, b = (np.maximum(np.asarray(x, np.float64), 1.0) for x in (mine, others))
