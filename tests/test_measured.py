@@ -229,6 +229,17 @@ def test_an_experiment_writes_eigenvalues_of_the_loss_at_the_steps_asked_for(tmp
     } <= {*events.Tags()["tensors"], *events.Tags()["scalars"]}  # fmt: skip
 
 
+def test_live_logs_have_updates_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    s = moving(train_steps=10, update_every=3)
+    experiments.run(s, tmp_path, DIGITS, execution=Execution(live=True))
+    events = EventAccumulator(str(tmp_path / "replicate_00/level_01/tensorboard"))
+    events.Reload()
+    tags = {*events.Tags()["tensors"], *events.Tags()["scalars"]}
+    assert {"mask/explored", "mask/changed", "validation_loss"} <= tags
+
+
 def test_what_cannot_be_measured_is_said():
     with pytest.raises(UserError, match="unknown measure 'flow'; there are: gradient_flow"):
         spec(measure=("flow",))

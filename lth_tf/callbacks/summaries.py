@@ -81,12 +81,21 @@ def write(
       bytes_per_step: see `Summaries`.
       more: (step, name -> number).
     """
+    begins = rows[0]["step"], _densities(mask, bytes_per_step)
+    add(log_dir, [begins, *((row["step"], _numbers(row)) for row in rows[1:]), *more])
+
+
+def add(log_dir: str | os.PathLike, more: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+    """Writes numbers into a file of their own beside those that there are.
+
+    Args:
+      log_dir: folder for the event file.
+      more: (step, name -> number).
+    """
     from tensorboard.summary import Writer  # needs no graph for each number: five times as fast
 
     writer = Writer(os.fspath(log_dir))
-    for name, value in _densities(mask, bytes_per_step).items():
-        writer.add_scalar(name, value, rows[0]["step"])
-    for step, numbers in [*((row["step"], _numbers(row)) for row in rows[1:]), *more]:
+    for step, numbers in more:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
     writer.flush()  # raises what its thread met, which close does not

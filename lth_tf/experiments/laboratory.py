@@ -354,6 +354,8 @@ class Laboratory:
             )
         if trained.updates:
             self.write(lambda: measured.write_updates(folder, trained.updates))
+        if live and (more := measured.logged(folder, start, stop)):
+            self.write(lambda: summaries.add(logs, more))
         if not live:  # all in one file, whatever a training that was interrupted has left
             self.write(lambda: shutil.rmtree(logs, ignore_errors=True))
             self.write(lambda: self._log(logs, ticket, trained.rows))
