@@ -102,6 +102,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": recorded.cifar_table,
     "flow": moving.flow_table,
     "relearned": moving.relearned_table,
+    "fashion-moving": moving.fashion_table,
     "floors": floors_table,
     "first-hour": lambda: reading_table(FIRST_HOUR),
     "second-hour": lambda: reading_table(SECOND_HOUR),
