@@ -89,7 +89,9 @@ def table_of(runs: dict[str, str], densities: Iterable[float], dense: str = "") 
     densities = list(densities)
     rows = []
     if dense:
-        rows.append([f"dense, {spread(ends(dense, 0))}", *[""] * len(densities)])
+        (whole,) = [p for p in points(read_summary(RESULTS / dense))
+                    if p.level == 0 and p.arm == "ticket"]  # fmt: skip
+        rows.append([f"dense, {_value(whole)}", *[""] * len(densities)])
     for name, run in runs.items():
         found = [p for p in points(read_summary(RESULTS / run)) if p.arm == "ticket" and p.level]
         cells = []
@@ -100,9 +102,13 @@ def table_of(runs: dict[str, str], densities: Iterable[float], dense: str = "") 
     return markdown(["sparsity", *map(sparsity, densities)], rows)
 
 
-def _cell(point: Any) -> str:
+def _value(point: Any) -> str:
     factor = task_of(point.metric).unit[0]
-    shown = spread(point.metric_end * factor, "{:.2f}" if factor == 100 else "{:.3f}")
+    return spread(point.metric_end * factor, "{:.2f}" if factor == 100 else "{:.3f}")
+
+
+def _cell(point: Any) -> str:
+    shown = _value(point)
     cost = point.flops.get("training_flops")
     return shown if cost is None else f"{shown} ({cost:.2f})"
 
