@@ -14,7 +14,7 @@ import pytest
 from test_tools import run as run_tool
 
 from lth_tf import datasets, distribute, experiments, flags, storage, sweeps
-from lth_tf.analysis.summary import columns, read_csv
+from lth_tf.analysis.summary import FLOPS, columns, read_csv
 from lth_tf.distribute.shares import slow_bfloat16
 from lth_tf.errors import UserError
 from lth_tf.experiments import trunk
@@ -635,7 +635,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
         taken = work / run.folder / "replicate_00" / "level_00" / "trained.safetensors"
         assert taken.samefile(first)
     rows = read_csv(work / "index.csv")
-    assert list(rows[0]) == [*runs.ABOUT, *columns(), "error"]
+    assert list(rows[0]) == [*runs.ABOUT, *columns(given=FLOPS), "error"]
     assert [(r["run"], r["method"], r["level"], r["density"]) for r in rows] == [
         ("broken", "imp", None, None), ("picked", "snip", 0, 1.0), ("picked", "snip", 1, 0.5),
         ("pruned", "imp", 0, 1.0), ("pruned", "imp", 1, 0.5),
