@@ -104,6 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "relearned": moving.relearned_table,
     "fashion-moving": moving.fashion_table,
     "gru": moving.gru_table,
+    "cifar10-moving": moving.cifar_table,
     "rigl-sweep": moving.sweep_table,
     "floors": floors_table,
     "first-hour": lambda: reading_table(FIRST_HOUR),
