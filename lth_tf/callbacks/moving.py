@@ -165,7 +165,11 @@ class Mover:
         mask = pruning.get_mask(model)
         weights = {name: kernels[name].numpy() for name in mask}
         loss, growth = self._growth(step, seed, mask)
-        flows = [self._flow(step, seed, mask)] if self.measures else []
+        flows = []
+        if self.measures and growth and self.method.looks and not self.held_out:
+            flows = [flow(growth, mask)]  # of the batch that was looked at already
+        elif self.measures:
+            flows = [self._flow(step, seed, mask)]
         fraction = self.course.fraction(step, self._rate())
         new = move(
             mask, weights, growth, targets=self.targets(step), fraction=fraction,

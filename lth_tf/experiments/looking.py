@@ -19,12 +19,12 @@ _DRAWN = 43  # a stream of random numbers drawn from a spec's seed
 
 
 def lookers(
-    spec: Spec, dataset: Any, examples: int, points: int, least: int
+    spec: Spec, dataset: Any, examples: int, points: int, least: int, anew: bool = False
 ) -> tuple[Looker, Looker]:
     """Returns what looks at examples of the training part, and at the test part.
 
     BatchNormalization's statistics are taken anew on these training examples for the first, which
-    networks between two others need, and are those that are looked at for the second.
+    networks between two others need.
 
     Args:
       spec: whose network.
@@ -32,6 +32,7 @@ def lookers(
       examples: of the training part, drawn once.
       points: of lines that are going to be looked at.
       least: how many these must be.
+      anew: whether statistics are taken so for the test part, too, and not those of the weights.
 
     Raises:
       UserError: a data set on disk, or numbers out of range.
@@ -50,10 +51,10 @@ def lookers(
     count = len(parts["train"][1])
     chosen = np.random.default_rng([spec.seed, _DRAWN]).permutation(count)[:examples]
 
-    def looker(inputs: np.ndarray, labels: np.ndarray, anew: bool) -> Looker:
-        pieces = np.array_split(inputs, -(-len(labels) // _BATCH))
-        batches = [scaling.scaled(x, dataset, spec) for x in pieces]
-        return Looker(model, batches, labels, TASKS[dataset.task], anew)
+    def batches(inputs: np.ndarray) -> list[Any]:
+        pieces = np.array_split(inputs, -(-len(inputs) // _BATCH))
+        return [scaling.scaled(x, dataset, spec) for x in pieces]
 
-    (inputs, labels), test = parts["train"], parts["test"]
-    return looker(inputs[chosen], labels[chosen], True), looker(test[0], test[1], False)
+    (inputs, labels), (others, answers), task = parts["train"], parts["test"], TASKS[dataset.task]
+    train = Looker(model, batches(inputs[chosen]), labels[chosen], task, anew=True)
+    return train, Looker(model, batches(others), answers, task, anew, train.inputs)

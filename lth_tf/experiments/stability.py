@@ -100,8 +100,7 @@ def instability(
     Raises:
       UserError: a data set on disk, or numbers out of range.
     """
-    train, test = lookers(spec, dataset, examples, points, 3)
-    test.anew, test.of = train.anew, train.inputs
+    train, test = lookers(spec, dataset, examples, points, 3, anew=True)
     higher = TASKS[dataset.task].higher
 
     def measured(weights: landscape.Weights) -> dict[str, float]:
