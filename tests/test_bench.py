@@ -117,6 +117,7 @@ def test_bench_of_methods_that_move_masks():
         assert each["static"]["speed"] == 1 and each["static"]["update_ms"] is None
         assert all(one["speed"] > 0 and one["update_ms"] > 0 for m, one in each.items()
                    if m != "static")  # fmt: skip
+        assert all(one["peak_memory_mb"] > 100 for one in each.values())
     texts = io.StringIO()
     rich.console.Console(file=texts).print(sparse_table(result))
     assert "granet" in texts.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,20 @@ def own_peak() -> float:
             return next(int(x.split()[1]) for x in file if x.startswith("VmHWM")) / 2**10
     except OSError:
         return megabytes(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def peak_of(call: str, *arguments: str) -> float:
+    """Returns the peak memory of a Python process of its own, which prints it last.
+
+    Args:
+      call: 'lth_tf.module:function', called with the arguments; it prints `own_peak()`.
+      arguments: handed on.
+    """
+    module, name = call.split(":")
+    child = f"import sys; from {module} import {name}; {name}(*sys.argv[1:])"
+    command = [sys.executable, "-c", child, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 @contextlib.contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import statistics
+import tempfile
 import time
 from typing import Any
 
 from rich.table import Table
 
 from lth_tf import pruning
+from lth_tf.bench.memory import own_peak, peak_of
 from lth_tf.bench.rounds import Contender, alone, alternate, ratio
 from lth_tf.datasets import Dataset, Streamed
 from lth_tf.dynamic import METHODS
@@ -39,7 +42,9 @@ def sparse(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
 
     Returns:
       For each engine that can train it, and each method: seconds and how many times the steps per
-      second of static, medians; and milliseconds of an update by itself.
+      second of static, medians; milliseconds of an update by itself; and the peak memory in MB of
+      a process of its own that trains from one update past the next, on a few examples (not
+      for data on disk).
 
     Raises:
       UserError: no update in so many steps.
@@ -56,7 +61,39 @@ def sparse(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
             "speed": ratio(seconds[engine, "static"], times),
             "update_ms": made[engine][method][1](),
         }
+    if isinstance(dataset, Dataset):
+        for engine, method in contenders:
+            peak = _memory(_of(spec, method), dataset, engine)
+            result["engines"][engine][method]["peak_memory_mb"] = peak
     return result
+
+
+def _memory(spec: Spec, dataset: Dataset, engine: str) -> float:
+    count = spec.batch_size
+    few = dataclasses.replace(
+        dataset, train_inputs=dataset.train_inputs[: 4 * count],
+        train_labels=dataset.train_labels[: 4 * count],
+        test_inputs=dataset.test_inputs[:count], test_labels=dataset.test_labels[:count],
+    )  # fmt: skip
+    spec = dataclasses.replace(spec, validation_size=count, eval_every=spec.train_steps)
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
+        pickle.dump((spec.as_dict(), few, engine), file)
+        file.flush()
+        return peak_of("lth_tf.bench.moves:once", file.name)
+
+
+def once(path: str) -> None:
+    """Trains a contender of `sparse` once, and prints the peak memory of this process in MB.
+
+    Args:
+      path: a pickle of its spec as `Spec.as_dict` returns it, its data set, and the engine.
+    """
+    with open(path, "rb") as file:
+        given, dataset, engine = pickle.load(file)
+    spec = Spec.from_dict(given)
+    blueprint = Blueprint(spec, tuple(dataset.input_shape), dataset.classes)
+    _contender(spec, Trainer(spec, dataset, execution=ENGINES[engine]), blueprint)[0]()
+    print(own_peak())
 
 
 def _of(spec: Spec, method: str) -> Spec:
@@ -111,9 +148,10 @@ def _contender(spec: Spec, trainer: Trainer, blueprint: Blueprint) -> tuple[Cont
 
 def sparse_table(result: dict[str, Any]) -> Table:
     """Returns what `sparse` returned as a table."""
-    title = f"{result['model']} on {result['dataset']}: steps per second over static"
+    title = f"{result['model']} on {result['dataset']}: steps per second and memory over static"
     table = Table(title=title)
-    for name in ("method", *result["engines"], "an update"):
+    memory = [f"memory, {engine}" for engine in result["engines"]]
+    for name in ("method", *result["engines"], "an update", *memory):
         table.add_column(name, justify="left" if name == "method" else "right")
     for method in METHODS:
         cells = [found.get(method) for found in result["engines"].values()]
@@ -122,6 +160,20 @@ def sparse_table(result: dict[str, Any]) -> Table:
         took = next((c["update_ms"] for c in cells if c), None)
         table.add_row(
             method, *(f"{c['speed']:.2f}" if c else "" for c in cells),
-            "" if took is None else f"{took:.1f} ms",
+            "" if took is None else f"{took:.1f} ms", *_peaks(result, method),
         )  # fmt: skip
     return table
+
+
+def _peaks(result: dict[str, Any], method: str) -> list[str]:
+    """A cell for each engine: peak memory, of static in MB, of others as a multiple of it."""
+    cells = []
+    for found in result["engines"].values():
+        peak = found.get(method, {}).get("peak_memory_mb")
+        if peak is None:
+            cells.append("")
+        elif method == "static":
+            cells.append(f"{peak:,.0f} MB")
+        else:
+            cells.append(f"{peak / found['static']['peak_memory_mb']:.2f}")
+    return cells

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from lth_tf import models, pruning
-from lth_tf.bench.memory import own_peak
+from lth_tf.bench.memory import own_peak, peak_of
 from lth_tf.bench.rounds import Contender, alone, alternate, ratio
 from lth_tf.compat import tf
 from lth_tf.datasets import Dataset, Streamed
@@ -45,14 +43,8 @@ def score(spec: Spec, dataset: Dataset | Streamed, rounds: int) -> dict[str, Any
     seconds = alternate({n: c for n, c in contenders.items() if n != "nothing"}, rounds)
     peaks = {}
     for name in contenders:
-        child = (
-            "import json, sys; from lth_tf.bench import scores; "
-            "scores.once(*map(json.loads, sys.argv[1:]))"
-        )
         arguments = map(json.dumps, (name, spec.as_dict(), input_shape, classes))
-        command = [sys.executable, "-c", child, *arguments]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        peaks[name] = float(done.stdout.split()[-1])
+        peaks[name] = peak_of("lth_tf.bench.scores:once", *arguments)
     return {
         "model": spec.model,
         "samples": spec.samples_per_class * classes,
@@ -65,14 +57,14 @@ def score(spec: Spec, dataset: Dataset | Streamed, rounds: int) -> dict[str, Any
     }
 
 
-def once(name: str, spec: dict[str, Any], input_shape: list[int], classes: int) -> None:
+def once(*arguments: str) -> None:
     """Runs a contender of `score` twice and prints the peak memory of this process in MB.
 
     Args:
-      name: which.
-      spec: as `Spec.as_dict` returns it.
-      input_shape, classes: of the data set.
+      *arguments: as JSON: its name, the spec as `Spec.as_dict` returns it, the shape of the data
+        set's inputs and the number of its classes.
     """
+    name, spec, input_shape, classes = map(json.loads, arguments)
     contender = _scorers(Spec.from_dict(spec), tuple(input_shape), classes)[name]
     for _ in range(2):
         contender()
