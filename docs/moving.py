@@ -13,6 +13,7 @@ from recorded import RESULTS, markdown, sparsity, spread
 
 from lth_tf.analysis import points, read_summary
 from lth_tf.analysis.summary import read_csv
+from lth_tf.experiments import read_spec
 from lth_tf.tasks import task_of
 
 FLOW = {
@@ -121,7 +122,10 @@ FASHION = {
 GRU = {"static": "gru_static", "SET": "gru_set", "RigL": "gru_rigl", "GMP": "gru_gmp",
        "IMP": "gru_imp"}  # fmt: skip
 CIFAR = {"static": "cifar_static", "SET": "cifar_set", "RigL": "cifar_rigl",
-         "GraNet": "cifar_granet", "GMP": "cifar_gmp", "GraSP": "cifar_grasp"}  # fmt: skip
+         "SNFS": "cifar_snfs", "GraNet": "cifar_granet", "GMP": "cifar_gmp",
+         "GraSP": "cifar_grasp", "IMP": "cifar_imp"}  # fmt: skip
+METHODS = {"static": "static", "SET": "set", "RigL": "rigl", "SNFS": "snfs", "GraNet": "granet",
+           "GMP": "gmp", "GraSP": "grasp", "IMP": "imp"}  # fmt: skip
 
 
 def moving_name(run: str) -> str:
@@ -159,9 +163,78 @@ def fashion_table() -> str:
     return table_of(of_all(FASHION), (0.1, 0.05, 0.02, 0.01), "fashion_imp")
 
 
+def _tickets(*runs: str) -> list[Any]:
+    """Points of the tickets of those runs that are recorded."""
+    there = [RESULTS / run for run in runs if (RESULTS / run).is_dir()]
+    return [p for run in there for p in points(read_summary(run)) if p.arm == "ticket" and p.level]
+
+
+def grid() -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """Method -> learning rate -> rows of the grid's replicates at 95 %; a dense network's too."""
+    found: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for file in ("sparse", "grasp", "imp"):
+        for row in read_csv(RESULTS / "moving_grid" / f"{file}.csv"):
+            if row["status"] != "finished" or not (row["level"] in (0, 1, 5)):
+                continue
+            if file == "imp" and row["level"] == 1:
+                continue
+            method = "dense" if row["level"] == 0 else row["method"] if file == "sparse" else file
+            rate = float(row["run"].split("learning_rate")[1].split("-")[0])
+            found.setdefault(method, {}).setdefault(rate, []).append(row)
+    return found
+
+
+def chosen(rates: dict[float, list[dict[str, Any]]], replicates: int = 3) -> float:
+    """Returns the rate with the smallest validation loss among those at which none failed."""
+    whole = {rate: rows for rate, rows in rates.items() if len(rows) == replicates}
+    return min(whole, key=lambda r: np.mean([row["validation_loss_min"] for row in whole[r]]))
+
+
+def grid_table() -> str:
+    """The learning rates that all methods had to choose from, by their validation loss."""
+    found, rates = grid(), (0.02, 0.05, 0.1, 0.2)
+    rows = []
+    for name, method in {"dense": "dense", **METHODS}.items():
+        best, cells = chosen(found[method]), []
+        for rate in rates:
+            values = [100 * row["test_accuracy_end"] for row in found[method].get(rate, [])]
+            shown = spread(np.array(values)) if len(values) == 3 else f"{3 - len(values)} failed"
+            cells.append(f"**{shown}**" if rate == best else shown)
+        rows.append([name, *cells])
+    return markdown(["rate", *map(str, rates)], rows)
+
+
+def five_table() -> str:
+    """LeNet-5 on Fashion-MNIST with five times the steps, each method at its learning rate."""
+    densities = (0.1, 0.05, 0.02, 0.01)
+    (dense,) = points(read_summary(RESULTS / "moving_five_dense"))
+    rows = [[f"dense, {_value(dense)}", *[""] * len(densities)]]
+    for name, method in METHODS.items():
+        found = _tickets(f"moving_five_{method}", f"moving_fivemore_{method}")
+        near = [[p for p in found if abs(p.density / d - 1) < 0.03] for d in densities]
+        if found:
+            rows.append([name, *(_cell(p[0]) if p else "" for p in near)])
+    return markdown(["sparsity", *map(sparsity, densities)], rows)
+
+
+def equal_table() -> str:
+    """LeNet-5 on Fashion-MNIST at 95 %: what each method does with the same training FLOPs."""
+    rows = []
+    for name, method in {"dense": "dense", **METHODS}.items():
+        run = f"moving_equal_{method}"
+        run = run if (RESULTS / run).is_dir() else f"moving_five_{method}"
+        found = points(read_summary(RESULTS / run))
+        steps = read_spec(RESULTS / run).train_steps
+        before = sum(p.flops["training_flops"] for p in found) if method == "imp" else None
+        near = [p for p in found if method == "dense" or abs(p.density / 0.05 - 1) < 0.03]
+        share = before or (1 if method == "dense" else near[0].flops["training_flops"])
+        rows.append([name, f"{steps:,}", f"{steps * share:,.0f}", _value(near[0])])
+    return markdown(["95 %", "steps", "FLOPs, in dense steps", "accuracy"], rows)
+
+
 def gru_table() -> str:
     """A GRU on tiny_shakespeare: bits per character."""
-    return table_of(of_all(GRU), (0.25, 0.125, 0.1), "gru_static")
+    return table_of(of_all(GRU), (0.25, 0.1), "gru_static")
 
 
 def cifar_table() -> str:
