@@ -174,7 +174,7 @@ def grid() -> dict[str, dict[float, list[dict[str, Any]]]]:
     found: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for file in ("sparse", "grasp", "imp"):
         for row in read_csv(RESULTS / "moving_grid" / f"{file}.csv"):
-            if row["status"] != "finished" or not (row["level"] in (0, 1, 5)):
+            if row["status"] != "finished" or row["level"] not in (0, 1, 5):
                 continue
             if file == "imp" and row["level"] == 1:
                 continue
