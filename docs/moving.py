@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,30 @@ def _flow(run: str, level: int, arm: str = "ticket") -> list[str]:
     return [f"{np.median(flows(run, step, level, arm)):.2g}" for step in (0, 1000)]
 
 
-def table_of(runs: dict[str, str], densities: Iterable[float], dense: str = "") -> str:
-    """A row for each run, a column for each density: the metric at the end, and training FLOPs."""
-    densities = list(densities)
+def table_of(runs: Mapping[str, Sequence[str]], densities: Sequence[float], dense: str = "") -> str:
+    """A row for each method, a column for each density: the metric at the end, training FLOPs.
+
+    Args:
+      runs: name -> the runs that have its tickets; without any it has no row.
+      densities: of the columns.
+      dense: the run that has the dense network.
+    """
     rows = []
     if dense:
-        (whole,) = [p for p in points(read_summary(RESULTS / dense))
-                    if p.level == 0 and p.arm == "ticket"]  # fmt: skip
+        whole = _near(points(read_summary(RESULTS / dense)), 1.0)
         rows.append([f"dense, {_value(whole)}", *[""] * len(densities)])
-    for name, run in runs.items():
-        found = [p for p in points(read_summary(RESULTS / run)) if p.arm == "ticket" and p.level]
-        cells = []
-        for d in densities:
-            near = [p for p in found if abs(p.density / d - 1) < 0.03]
-            cells.append(_cell(near[0]) if near else "")
-        rows.append([name, *cells])
+    for name, those in runs.items():
+        found = [p for run in those for p in points(read_summary(RESULTS / run))]
+        near = [_near(found, d) for d in densities]
+        if found:
+            rows.append([name, *(_cell(p) if p else "" for p in near)])
     return markdown(["sparsity", *map(sparsity, densities)], rows)
+
+
+def _near(found: Iterable[Any], density: float) -> Any:
+    """The point of tickets (level 0: of the dense network) at about a density, if there is one."""
+    close = (p for p in found if p.arm == "ticket" and abs(p.density / density - 1) < 0.03)
+    return next(close, None)
 
 
 def _value(point: Any) -> str:
@@ -114,30 +122,18 @@ def _cell(point: Any) -> str:
     return shown if cost is None else f"{shown} ({cost:.2f})"
 
 
-FASHION = {
-    "static": "fashion_static", "SET": "fashion_set", "RigL": "fashion_rigl",
-    "SNFS": "fashion_snfs", "GraNet": "fashion_granet", "GMP": "fashion_gmp",
-    "GraSP": "fashion_grasp", "IMP": "fashion_imp",
-}  # fmt: skip
-GRU = {"static": "gru_static", "SET": "gru_set", "RigL": "gru_rigl", "GMP": "gru_gmp",
-       "IMP": "gru_imp"}  # fmt: skip
-CIFAR = {"static": "cifar_static", "SET": "cifar_set", "RigL": "cifar_rigl",
-         "SNFS": "cifar_snfs", "GraNet": "cifar_granet", "GMP": "cifar_gmp",
-         "GraSP": "cifar_grasp", "IMP": "cifar_imp"}  # fmt: skip
 METHODS = {"static": "static", "SET": "set", "RigL": "rigl", "SNFS": "snfs", "GraNet": "granet",
            "GMP": "gmp", "GraSP": "grasp", "IMP": "imp"}  # fmt: skip
 
 
-def moving_name(run: str) -> str:
-    """Returns under which name a run is recorded: those of before masks moved keep theirs."""
-    old = ("fashion_grasp", "fashion_imp")
-    return run if run in old or run.startswith(("gru_", "flow_")) else f"moving_{run}"
+def recorded_as(*forms: str) -> dict[str, list[str]]:
+    """Returns of each method the runs that are there.
 
-
-def of_all(runs: dict[str, str]) -> dict[str, str]:
-    """Returns the recorded names of runs that are there."""
-    named = {name: moving_name(run) for name, run in runs.items()}
-    return {name: run for name, run in named.items() if (RESULTS / run).is_dir()}
+    Args:
+      *forms: their names, with {} for the method: 'gru_{}'.
+    """
+    named = {name: [form.format(method) for form in forms] for name, method in METHODS.items()}
+    return {n: [run for run in runs if (RESULTS / run).is_dir()] for n, runs in named.items()}
 
 
 def relearned_table() -> str:
@@ -160,34 +156,30 @@ def relearned_table() -> str:
 
 def fashion_table() -> str:
     """LeNet-5 on Fashion-MNIST, 1,000 steps: beside the recorded runs before training."""
-    return table_of(of_all(FASHION), (0.1, 0.05, 0.02, 0.01), "fashion_imp")
+    runs = recorded_as("moving_fashion_{}", "fashion_{}")
+    return table_of(runs, (0.1, 0.05, 0.02, 0.01), "fashion_imp")
 
 
-def _tickets(*runs: str) -> list[Any]:
-    """Points of the tickets of those runs that are recorded."""
-    there = [RESULTS / run for run in runs if (RESULTS / run).is_dir()]
-    return [p for run in there for p in points(read_summary(run)) if p.arm == "ticket" and p.level]
+_LAST = {"sparse": 1, "grasp": 1, "imp": 5}  # sweep of the grid -> its level at 95 %
 
 
 def grid() -> dict[str, dict[float, list[dict[str, Any]]]]:
-    """Method -> learning rate -> rows of the grid's replicates at 95 %; a dense network's too."""
+    """Method -> learning rate -> rows of finished runs at 95 %; the dense network's, too."""
     found: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for file in ("sparse", "grasp", "imp"):
-        for row in read_csv(RESULTS / "moving_grid" / f"{file}.csv"):
-            if row["status"] != "finished" or row["level"] not in (0, 1, 5):
+    for sweep, last in _LAST.items():
+        for row in read_csv(RESULTS / "moving_grid" / f"{sweep}.csv"):
+            if row["status"] != "finished" or row["level"] not in (0, last):
                 continue
-            if file == "imp" and row["level"] == 1:
-                continue
-            method = "dense" if row["level"] == 0 else row["method"] if file == "sparse" else file
+            method = sweep if row["level"] else "dense"
+            method = row["method"] if method == "sparse" else method
             rate = float(row["run"].split("learning_rate")[1].split("-")[0])
             found.setdefault(method, {}).setdefault(rate, []).append(row)
     return found
 
 
-def chosen(rates: dict[float, list[dict[str, Any]]], replicates: int = 3) -> float:
-    """Returns the rate with the smallest validation loss among those at which none failed."""
-    whole = {rate: rows for rate, rows in rates.items() if len(rows) == replicates}
-    return min(whole, key=lambda r: np.mean([row["validation_loss_min"] for row in whole[r]]))
+def chosen(rates: dict[float, list[dict[str, Any]]]) -> float:
+    """Returns the rate with the smallest validation loss, of those whose run finished."""
+    return min(rates, key=lambda r: np.mean([row["validation_loss_min"] for row in rates[r]]))
 
 
 def grid_table() -> str:
@@ -198,7 +190,7 @@ def grid_table() -> str:
         best, cells = chosen(found[method]), []
         for rate in rates:
             values = [100 * row["test_accuracy_end"] for row in found[method].get(rate, [])]
-            shown = spread(np.array(values)) if len(values) == 3 else f"{3 - len(values)} failed"
+            shown = spread(np.array(values)) if values else "failed"
             cells.append(f"**{shown}**" if rate == best else shown)
         rows.append([name, *cells])
     return markdown(["rate", *map(str, rates)], rows)
@@ -206,41 +198,34 @@ def grid_table() -> str:
 
 def five_table() -> str:
     """LeNet-5 on Fashion-MNIST with five times the steps, each method at its learning rate."""
-    densities = (0.1, 0.05, 0.02, 0.01)
-    (dense,) = points(read_summary(RESULTS / "moving_five_dense"))
-    rows = [[f"dense, {_value(dense)}", *[""] * len(densities)]]
-    runs = {n: (f"moving_five_{m}", f"moving_fivemore_{m}") for n, m in METHODS.items()}
-    for name, of in {**runs, "RigL, rate 0.1": ("moving_slower_rigl",)}.items():
-        found = _tickets(*of)
-        near = [[p for p in found if abs(p.density / d - 1) < 0.03] for d in densities]
-        if found:
-            rows.append([name, *(_cell(p[0]) if p else "" for p in near)])
-    return markdown(["sparsity", *map(sparsity, densities)], rows)
+    runs = recorded_as("moving_five_{}", "moving_fivemore_{}")
+    runs["RigL, rate 0.1"] = ["moving_slower_rigl"]
+    return table_of(runs, (0.1, 0.05, 0.02, 0.01), "moving_five_dense")
 
 
 def equal_table() -> str:
     """LeNet-5 on Fashion-MNIST at 95 %: what each method does with the same training FLOPs."""
+    # static and SET have them after five times the steps
+    runs = {name: those[0] for name, those in recorded_as("moving_five_{}").items()}
+    runs |= {name: those[0] for name, those in recorded_as("moving_equal_{}").items() if those}
     rows = []
-    for name, method in {"dense": "dense", **METHODS}.items():
-        run = f"moving_equal_{method}"
-        run = run if (RESULTS / run).is_dir() else f"moving_five_{method}"
-        found = points(read_summary(RESULTS / run))
-        steps = read_spec(RESULTS / run).train_steps
-        before = sum(p.flops["training_flops"] for p in found) if method == "imp" else None
-        near = [p for p in found if method == "dense" or abs(p.density / 0.05 - 1) < 0.03]
-        share = before or (1 if method == "dense" else near[0].flops["training_flops"])
-        rows.append([name, f"{steps:,}", f"{steps * share:,.0f}", _value(near[0])])
+    for name, run in {"dense": "moving_equal_dense", **runs}.items():
+        found, steps = points(read_summary(RESULTS / run)), read_spec(RESULTS / run).train_steps
+        end = _near(found, 1.0 if name == "dense" else 0.05)
+        paid = found if name == "IMP" else [end]  # its last ticket needs all trainings before
+        cost = steps * sum(p.flops["training_flops"] for p in paid)
+        rows.append([name, f"{steps:,}", f"{cost:,.0f}", _value(end)])
     return markdown(["95 %", "steps", "FLOPs, in dense steps", "accuracy"], rows)
 
 
 def gru_table() -> str:
     """A GRU on tiny_shakespeare: bits per character."""
-    return table_of(of_all(GRU), (0.25, 0.1), "gru_static")
+    return table_of(recorded_as("gru_{}"), (0.25, 0.1), "gru_static")
 
 
 def cifar_table() -> str:
     """LeNet-5 with more channels on a JPEG re-encoding of CIFAR-10, at 95 %."""
-    return table_of(of_all(CIFAR), (0.05,), "moving_cifar_static")
+    return table_of(recorded_as("moving_cifar_{}"), (0.05,), "moving_cifar_static")
 
 
 def sweep_table() -> str:

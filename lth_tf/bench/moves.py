@@ -43,8 +43,7 @@ def sparse(spec: Spec, dataset: Dataset | Streamed, steps: int, rounds: int) -> 
     Returns:
       For each engine that can train it, and each method: seconds and how many times the steps per
       second of static, medians; milliseconds of an update by itself; and the peak memory in MB of
-      a process of its own that trains from one update past the next, on a few examples (not
-      for data on disk).
+      a process of its own that does one such training on a few examples (not for data on disk).
 
     Raises:
       UserError: no update in so many steps.
